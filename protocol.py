@@ -1,0 +1,231 @@
+"""What the server and the client agree on: bytes and text, nothing else.
+
+Both directions of a connection are UTF-8 in lines that end in a newline.  This module
+cuts a stream of bytes into such lines (LineSplitter), turns them into text that is safe
+to show (decode_message, clean), rules on names (check_name, name_key), and tells the
+three kinds of line from the server apart (parse_server_line).  It opens no socket,
+starts no thread and prints nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from typing import NamedTuple
+
+ENCODING = "utf-8"
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 12345
+
+# To the server, in bytes without the newline: a long paragraph fits, a file does not.
+MAX_LINE_BYTES = 4096
+# From the server, in bytes.  The longest line an honest server can send is a message of
+# tabs: 4 * MAX_LINE_BYTES, and a name before it.
+MAX_SHOWN_BYTES = 32 * 1024
+# In characters: room for a full name, and a prefix still leaves room on a screen.
+MAX_NAME_CHARS = 32
+
+QUIT_LINES = frozenset({b"q", b"Q"})
+RESERVED_NAMES = frozenset({"you", "server", "q"})
+# A client that reads this refusal need not try another name.
+FULL = "The chat is full, please try again later."
+
+
+class ProtocolError(ValueError):
+    """A line that is refused; str() of it is the reason, to be shown to its author."""
+
+
+def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """Return what reads a flag's value; it raises ArgumentTypeError if out of range."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if number < lowest or (highest is not None and number > highest):
+            limits = (
+                f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
+            )
+            raise ArgumentTypeError(f"{text!r} is not a whole number, {limits}")
+        return number
+
+    return read
+
+
+# --- bytes to lines -----------------------------------------------------------------
+
+
+class LineSplitter:
+    """Cuts a stream of bytes into lines, in bounded memory.
+
+    max_bytes: the length up to which a line is good, without its newline and a carriage
+    return right before that.  Memory: at most max_bytes + 1 bytes between two calls.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._tail = b""  # the beginning of a line whose newline is still to come
+        self._skipping = False  # inside a line that has been reported as too long
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Add received bytes and return the lines they complete, without line ends.
+
+        chunk: whatever one recv() gave, any length, cut anywhere.  A line that is too
+        long is returned once, as soon as that is certain: its beginning, of more than
+        max_bytes.  The rest of it, however long, is dropped.
+        """
+        lines = (self._tail + chunk).replace(b"\r\n", b"\n").split(b"\n")
+        self._tail = lines.pop()
+        if self._skipping and lines:
+            del lines[0]
+            self._skipping = False
+        if self._skipping:
+            self._tail = b""
+        elif len(self._tail.removesuffix(b"\r")) > self._max_bytes:
+            lines.append(self._tail)
+            self._tail = b""
+            self._skipping = True
+        return lines
+
+
+# --- text that is safe to show ------------------------------------------------------
+
+# What drives a terminal or reorders text: C0, DEL, C1, the line and paragraph separators
+# and the bidirectional controls (Unicode Standard Annex #9, "Explicit Formatting").
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def clean(text: str) -> str:
+    """Return text with tabs as four spaces and all that drives a terminal as U+FFFD.
+
+    Idempotent, so both ends apply it.  Lone surrogates, which stand for bytes that are
+    not UTF-8, are left alone.
+    """
+    if text.isprintable():  # nothing unsafe is printable, and most lines are
+        return text
+    return _UNSAFE.sub("\ufffd", text.replace("\t", "    "))
+
+
+def decode_message(line: bytes) -> str:
+    """Return the text of a line to the server, cleaned; "" if the line is blank.
+
+    Raises ProtocolError if the line is too long or not UTF-8.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise ProtocolError(f"That line is longer than {MAX_LINE_BYTES} bytes.")
+    try:
+        text = clean(line.decode(ENCODING))
+    except UnicodeDecodeError:
+        raise ProtocolError("That line is not UTF-8.") from None
+    return "" if text.isspace() else text
+
+
+def decode_shown(line: bytes) -> str:
+    """Return a line from the server as it may be shown, cut with "…" if too long."""
+    if len(line) <= MAX_SHOWN_BYTES:
+        return clean(line.decode(ENCODING, "replace"))
+    # "ignore": the cut may have gone through a character.
+    return clean(line[:MAX_SHOWN_BYTES].decode(ENCODING, "ignore")) + "…"
+
+
+def encode_line(text: str) -> bytes:
+    """Return one line of text as it goes over the wire.
+
+    Lone surrogates become the bytes that they stand for (os.fsdecode's convention), so
+    that the server can refuse them.
+    """
+    return text.encode(ENCODING, "surrogateescape") + b"\n"
+
+
+# --- names --------------------------------------------------------------------------
+
+# Unicode 16, DerivedCoreProperties.txt, Default_Ignorable_Code_Point: what shows nothing.
+# Only the letters and marks among them; other categories never get into a name.
+_IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+_PUNCTUATION = "_-."
+# Scripts with letters that look alike; Unicode names say which one a letter is of.
+_LOOKALIKE_SCRIPTS = frozenset({"LATIN", "GREEK", "CYRILLIC"})
+
+
+def check_name(text: str) -> str:
+    """Return a username in the form in which it is shown: trimmed, and in NFKC.
+
+    Raises ProtocolError with the reason if it may not be used.
+    """
+    name = unicodedata.normalize("NFKC", text.strip())
+    if not 1 <= len(name) <= MAX_NAME_CHARS:
+        raise ProtocolError(f"A name has 1 to {MAX_NAME_CHARS} characters.")
+    if not all(map(_is_name_char, name)):
+        raise ProtocolError('A name is made of letters, digits, "_", "-" and ".".')
+    if unicodedata.category(name[0])[0] not in "LN":
+        raise ProtocolError("A name begins with a letter or a digit.")
+    if len(_scripts(name) & _LOOKALIKE_SCRIPTS) > 1:
+        raise ProtocolError("A name does not mix Latin, Greek and Cyrillic letters.")
+    if name_key(name) in RESERVED_NAMES:
+        raise ProtocolError(f"The name {name} is reserved.")
+    return name
+
+
+def name_key(name: str) -> str:
+    """Return what two names have in common if they are to count as one.
+
+    name: as check_name returned it.  Folding can undo NFKC and the other way round, so
+    both are done twice (Unicode Standard, section 3.13, compatibility caseless match).
+    """
+    for _ in range(2):
+        name = unicodedata.normalize("NFKC", name.casefold())
+    return name
+
+
+def _is_name_char(char: str) -> bool:
+    if char in _PUNCTUATION:
+        return True
+    category = unicodedata.category(char)
+    return (category[0] in "LM" or category == "Nd") and not _IGNORABLE.match(char)
+
+
+def _scripts(name: str) -> set[str]:
+    letters = (char for char in name if unicodedata.category(char)[0] == "L")
+    return {word for char in letters for word in unicodedata.name(char, "").split()}
+
+
+# --- lines from the server ----------------------------------------------------------
+
+
+class ServerLine(NamedTuple):
+    """One line from the server, taken apart.
+
+    mark: "*" for a notice, "!" for a refusal, "" for a message.
+    name: who wrote the message; "" if nobody did.
+    text: the rest, behind "* ", "! " or "NAME: ".
+    """
+
+    mark: str
+    name: str
+    text: str
+
+
+def parse_server_line(line: str) -> ServerLine:
+    """Tell a notice, a refusal and a message apart; a line that is none has no name."""
+    if line.startswith(("* ", "! ")):
+        return ServerLine(line[0], "", line[2:])
+    name, colon, text = line.partition(": ")
+    return ServerLine("", name, text) if colon else ServerLine("", "", line)
+
+
+def notice(text: str) -> bytes:
+    """Return a notice as it goes over the wire."""
+    return encode_line(f"* {text}")
+
+
+def refusal(reason: object) -> bytes:
+    """Return a refusal as it goes over the wire; reason: a text or a ProtocolError."""
+    return encode_line(f"! {reason}")

@@ -1,0 +1,1003 @@
+"""The chat server: one thread per client reads, one thread for all of them sends.
+
+Threads:
+  main          accept_connections: accepts, starts a handler each; then shuts down
+  handlers      handle_client, one per client: read, check, append to the log
+  broadcaster   everything that is ever sent to a member
+  log writer    what the terminal shows
+
+The way of a message: handle_client reads it and calls broadcast_message, which appends
+one entry to a log, under the lock.  The broadcaster takes all entries that wait, joins
+them into one block and does one non-blocking send per member.  What a socket does not
+take waits in a chain of blocks that all slow readers share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import logging
+import os
+import select
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple, NoReturn
+
+import protocol
+from protocol import ProtocolError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+MAX_CLIENTS = 1000
+LINES_PER_SECOND = 100  # faster than anybody types, slow enough for others to read
+BURST_SECONDS = 10  # a burst holds the lines of so many seconds
+MAX_NAMES_TRIED = 5
+MAX_NAMES_LISTED = 20
+JOIN_SECONDS = 120.0
+
+# Small, so that a message is passed on before many of its kind have piled up: the 99th
+# percentile of the latency under many small senders is half of that with 64 KiB.
+RECEIVE_BYTES = 4096
+# What may wait for one member.  The blocks are shared: all slow readers together hold
+# this much once, not each.
+MAX_BACKLOG_BYTES = 4 * 1024 * 1024
+# What may wait in the log for the next round.  Handlers wait for room, so that a sender
+# that is too fast is slowed by its own TCP window.
+MAX_LOG_BYTES = 256 * 1024
+# While a slow reader is near its limit, rounds come this far apart: 3.3 MB/s.  A member
+# that reads 4 MB/s keeps up with that, and everybody else waits less than 100 ms.
+FULL_ROUND_SECONDS = 0.08
+# Pauses shorter than this are added up: no timer is that fine.
+ROUND_SLACK_SECONDS = 0.002
+# What one send takes from a backlog: enough for speed, little enough to be fair.
+FLUSH_BYTES = 256 * 1024
+
+LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
+ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
+SPARE_DESCRIPTORS = 64  # for all but the clients, and those who are turned away
+LINGER_SECONDS = 1.0  # for the last lines to one who leaves
+SHUTDOWN_SECONDS = 1.5  # 2 s are promised
+HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
+MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
+
+FOREVER = float("inf")
+
+logger = logging.getLogger("chat.server")
+
+
+class _Client:
+    """One connection."""
+
+    __slots__ = (
+        "join_by",
+        "name",
+        "offset",
+        "peer",
+        "released",
+        "round",
+        "socket",
+        "thread",
+        "too_slow",
+        "waiting_bytes",
+    )  # fmt: skip
+
+    def __init__(self, client_socket: socket.socket, peer: str) -> None:
+        self.socket = client_socket
+        self.peer = peer  # "address:port", for the log
+        self.thread: threading.Thread | None = None  # its handler
+        self.name = ""  # until it has joined
+        self.join_by = time.monotonic() + JOIN_SECONDS
+        self.too_slow = False  # set by the broadcaster when it gives up on it
+        self.released: threading.Event | None = None  # set after the last send to it
+        # The backlog, the broadcaster's alone: so many bytes, the first of them at
+        # `offset` of what this client sees of `round`.
+        self.waiting_bytes = 0
+        self.round: _Round | None = None
+        self.offset = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.peer})" if self.name else self.peer
+
+
+class _Move(enum.Enum):
+    """What an entry of the log changes about who is in."""
+
+    NONE = enum.auto()
+    JOIN = enum.auto()
+    LEAVE = enum.auto()
+
+
+class _Entry(NamedTuple):
+    """One entry of the log: its client sees `to_self`, everybody else `to_others`."""
+
+    client: _Client | None
+    to_others: bytes
+    to_self: bytes = b""
+    move: _Move = _Move.NONE
+
+
+class _Round:
+    """What the broadcaster sends in one round, and a link in the chain of backlogs.
+
+    A slow reader holds on to the round it is in, and through `next` to all behind it.
+    Rounds are freed by reference count, when the slowest reader has got past them.
+    """
+
+    __slots__ = ("block", "joining", "leaving", "next", "views")
+
+    def __init__(self, entries: list[_Entry]) -> None:
+        """Join the entries; note what those who wrote some of them see instead."""
+        self.joining = [e.client for e in entries if e.client and e.move is _Move.JOIN]
+        self.leaving = [e.client for e in entries if e.client and e.move is _Move.LEAVE]
+        self.block = b"".join([entry.to_others for entry in entries])
+        self.views: dict[_Client, list[bytes | memoryview]] = {}
+        self.next: _Round | None = None
+        shared = memoryview(self.block)
+        seen: dict[_Client, int] = {}  # how far into the block the views reach
+        end = 0
+        for client, to_others, to_self, move in entries:
+            start, end = end, end + len(to_others)
+            if client is None:
+                continue
+            view = self.views.setdefault(client, [])
+            if move is not _Move.JOIN:
+                view.append(shared[seen.get(client, 0) : start])
+            view.append(to_self)
+            seen[client] = end if move is not _Move.LEAVE else len(shared)
+        for client, position in seen.items():
+            self.views[client].append(shared[position:])
+
+    def size(self, client: _Client) -> int:
+        """Return the number of bytes that the client sees of this round."""
+        view = self.views.get(client)
+        return len(self.block) if view is None else sum(map(len, view))
+
+    def data(self, client: _Client) -> bytes:
+        """Return the bytes that the client sees of this round."""
+        view = self.views.get(client)
+        return self.block if view is None else b"".join(view)
+
+
+class _Allowance:
+    """A token bucket: a client's lines, so many a second and some at once."""
+
+    def __init__(self, per_second: int) -> None:
+        self._per_second = per_second  # 0: no limit
+        self._lines = float(per_second * BURST_SECONDS)
+        self._counted = time.monotonic()
+
+    def take(self, wanted: int) -> int:
+        """Return how many lines, up to `wanted`, may be read now, and count them."""
+        if not self._per_second:
+            return wanted
+        now = time.monotonic()
+        earned = (now - self._counted) * self._per_second
+        self._lines = min(self._per_second * BURST_SECONDS, self._lines + earned)
+        self._counted = now
+        taken = min(wanted, int(self._lines))
+        self._lines -= taken
+        return taken
+
+    def seconds_until_more(self) -> float:
+        """Return how long to wait for the next few lines: some 20 waits a second."""
+        return max(1.0, self._per_second / 20) / self._per_second
+
+
+class ChatServer:
+    """The room: who is in, what is still to be sent, and the threads that do it."""
+
+    def __init__(
+        self,
+        host: str = protocol.DEFAULT_HOST,
+        port: int = protocol.DEFAULT_PORT,
+        *,
+        max_clients: int = MAX_CLIENTS,
+        lines_per_second: int = LINES_PER_SECOND,
+        log_messages: bool = True,
+    ) -> None:
+        """Bind and listen; serve() does the rest.
+
+        port: 0 takes a free one.  lines_per_second: 0 is no limit.  Raises OSError if
+        the host is unknown or the port is taken.
+        """
+        self._max_clients = max_clients
+        self._lines_per_second = lines_per_second
+        self._log_messages = log_messages
+        self._listener = _listen(host, port)
+        self.address = _format_address(self._listener.getsockname())
+        # stop() writes to the first, accept_connections() waits for the second.
+        self.stop_sender, self._stop_receiver = socket.socketpair()
+        self.stop_sender.setblocking(False)
+
+        # Guards the names below, which change together.  Held for table operations
+        # only: never while sending, receiving, joining a thread or logging.
+        self._lock = threading.Lock()
+        self.clients: dict[str, socket.socket] = {}  # username → socket
+        self._keys: set[str] = set()  # of the names in clients, as they are compared
+        self._waiting: dict[_Client, None] = {}  # not joined yet, in order of arrival
+        self._connections: dict[socket.socket, _Client] = {}  # all that are not closed
+        self._log: list[_Entry] = []  # what the broadcaster has not taken yet
+        self._log_bytes = 0
+        self._closing = threading.Event()  # set under the lock: the log is complete
+        self._room_in_log = threading.Condition(self._lock)
+        self._all_closed = threading.Condition(self._lock)
+
+        # The broadcaster's own.  _asleep: it waits, with the log empty, for a wake-up.
+        self._members: set[_Client] = set()
+        self._slow_readers: set[_Client] = set()  # those with a backlog
+        self._writable = selectors.DefaultSelector()  # watches slow readers and:
+        self._wake_sender, self._wake_receiver = socket.socketpair()
+        self._wake_sender.setblocking(False)
+        self._writable.register(self._wake_receiver, selectors.EVENT_READ)
+        self._asleep = False
+        self._last_round: _Round | None = None  # the end of the chain of backlogs
+        self._next_round = 0.0  # not before then, so that slow readers can keep up
+        self._give_up_at = FOREVER  # set before _closing is
+        self._all_sent = threading.Event()  # the last send to anybody is done
+
+    def serve(self) -> None:
+        """Run the chat until stop() is called or a byte is sent to stop_sender."""
+        broadcaster = threading.Thread(target=self._broadcast, name="broadcaster")
+        broadcaster.start()
+        try:
+            self.accept_connections()
+        finally:
+            self._shut_down(broadcaster)
+
+    def stop(self) -> None:
+        """Make serve() shut down in order and return.  For any thread."""
+        self.stop_sender.send(b"\0")
+
+    # --- connections come -----------------------------------------------------------
+
+    def accept_connections(self) -> None:
+        """Accept clients until told to stop; each one gets a thread of its own.
+
+        Out of file descriptors, memory or threads, it leaves the connections that come
+        in the listener's queue and tries again a little later.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stop_receiver, selectors.EVENT_READ)
+            selector.register(self._listener, selectors.EVENT_READ)
+            exhausted = False
+            while True:
+                ready = {key.fileobj for key, _ in selector.select()}
+                if self._stop_receiver in ready:
+                    return
+                try:
+                    self._accept_one()
+                    exhausted = False
+                except (BlockingIOError, ConnectionAbortedError):
+                    pass  # it was gone again
+                except (OSError, RuntimeError) as error:
+                    if not exhausted:
+                        logger.warning("Cannot take new clients for now: %s", error)
+                    exhausted = True
+                    # The listener stays readable: without a pause this would spin.
+                    selector.unregister(self._listener)
+                    selector.select(ACCEPT_PAUSE_SECONDS)
+                    selector.register(self._listener, selectors.EVENT_READ)
+
+    def _accept_one(self) -> None:
+        client_socket, address = self._listener.accept()
+        client = _Client(client_socket, _format_address(address))
+        handler = self.handle_client if self._make_room(client) else self._turn_away
+        client.thread = threading.Thread(target=handler, args=(client_socket,))
+        try:
+            client.thread.start()
+        except RuntimeError:  # the system has no more threads
+            with self._lock:
+                self._waiting.pop(client, None)
+                del self._connections[client_socket]
+            client_socket.close()
+            raise
+
+    def _make_room(self, client: _Client) -> bool:
+        """Enter a new connection, in place of one that has not joined if need be.
+
+        Returns False if the chat is full of members.
+        """
+        with self._lock:
+            self._connections[client.socket] = client
+            longest_waiting = None
+            if len(self.clients) + len(self._waiting) >= self._max_clients:
+                longest_waiting = next(iter(self._waiting), None)
+                if longest_waiting is None:
+                    return False
+                del self._waiting[longest_waiting]
+            self._waiting[client] = None
+        if longest_waiting:
+            logger.info("Closing %s to make room: it has not joined", longest_waiting)
+            reason = "Others need the room, and you have not joined."
+            _send_at_once(longest_waiting.socket, protocol.refusal(reason))
+            _wake(longest_waiting.socket)
+        return True
+
+    def _turn_away(self, client_socket: socket.socket) -> None:
+        """Tell a client that the chat is full.  Runs in its handler's place."""
+        with self._lock:
+            client = self._connections[client_socket]
+        logger.info("Refused %s: the chat is full", client)
+        _send_at_once(client_socket, protocol.refusal(protocol.FULL))
+        self._close(client)
+
+    # --- one client -----------------------------------------------------------------
+
+    def handle_client(self, client_socket: socket.socket) -> None:
+        """Serve one client from its name to its end.  Runs in a thread of its own.
+
+        Reads and checks; what is to be sent to members goes into the log.
+        """
+        with self._lock:
+            client = self._connections[client_socket]
+        logger.info("New connection from %s", client)
+        try:
+            _set_options(client_socket)
+            lines = self._receive_lines(client)
+            if self._ask_name(client, lines):
+                self._pass_on(client, lines)
+        except OSError as error:
+            logger.info("Lost connection to %s: %s", client, error.strerror or error)
+        finally:
+            self.remove_client(client_socket)
+            self._close(client)
+
+    def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
+        """Yield the lines of a client as they come, no more of them than it may send.
+
+        One at a time until it has joined, since what the next one means depends on it.
+        Ends with EOF, at a shutdown, and when the client was too slow to read.
+        """
+        splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
+        allowance = _Allowance(self._lines_per_second)
+        while chunk := self._receive(client):
+            lines = splitter.feed(chunk)
+            while lines and not client.too_slow:
+                taken = allowance.take(len(lines) if client.name else 1)
+                if taken:
+                    yield lines[:taken]
+                    del lines[:taken]
+                elif self._closing.wait(allowance.seconds_until_more()):
+                    return
+            if client.too_slow:
+                logger.info(
+                    "Disconnected %s: too slow, more than %d bytes waited for it",
+                    client, MAX_BACKLOG_BYTES,
+                )  # fmt: skip
+                return
+
+    def _receive(self, client: _Client) -> bytes:
+        """Return what one recv() gives; b"" at EOF, or when the time to join is up."""
+        if client.name:
+            return client.socket.recv(RECEIVE_BYTES)
+        # A timeout counts for sending too.  It is taken back before the broadcaster
+        # can know this client.
+        client.socket.settimeout(max(0.001, client.join_by - time.monotonic()))
+        try:
+            return client.socket.recv(RECEIVE_BYTES)
+        except TimeoutError:
+            if time.monotonic() < client.join_by:
+                raise  # the connection's own: the peer has vanished
+            reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
+            self._refuse(client, reason)
+            return b""
+        finally:
+            client.socket.settimeout(None)
+
+    def _ask_name(self, client: _Client, lines: Iterator[list[bytes]]) -> bool:
+        """Read until a line is a name that may be used; False if none comes."""
+        tried = 0
+        for (line,) in lines:
+            if line in protocol.QUIT_LINES:
+                return False
+            try:
+                text = protocol.decode_message(line)
+                if text:
+                    return self._join(client, protocol.check_name(text))
+            except ProtocolError as error:
+                tried += 1
+                if tried == MAX_NAMES_TRIED:
+                    self._refuse(client, f"{error} That was your last try.")
+                    return False
+                self._refuse(client, error)
+        return False
+
+    def _refuse(self, client: _Client, reason: object) -> None:
+        """Refuse what someone sent who is not a member yet, and so gets it at once."""
+        logger.info("Refused %s: %s", client, reason)
+        _send_at_once(client.socket, protocol.refusal(reason))
+
+    def _join(self, client: _Client, name: str) -> bool:
+        """Make the client a member; False if its connection has been ended meanwhile.
+
+        Raises ProtocolError if the name is taken.
+        """
+        key = protocol.name_key(name)
+        joined = f"{name} has joined the chat."
+        with self._lock:
+            if client not in self._waiting:
+                return False
+            if key in self._keys:
+                raise ProtocolError(f"The name {name} is taken.")
+            welcome = protocol.notice(self._greeting(name))
+            del self._waiting[client]
+            self._keys.add(key)
+            self.clients[name] = client.socket
+            client.name = name
+            self._append(_Entry(client, protocol.notice(joined), welcome, _Move.JOIN))
+        self._wake_broadcaster()
+        logger.info("User %s", joined)
+        return True
+
+    def _greeting(self, name: str) -> str:
+        """Caller holds _lock."""
+        names = ", ".join(islice(self.clients, MAX_NAMES_LISTED))
+        more = len(self.clients) - MAX_NAMES_LISTED
+        others = f"{names} and {more} more" if more > 0 else names
+        return f"Welcome, {name}! Also online: {others or 'nobody yet'}."
+
+    def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
+        """Broadcast what a member says until it leaves."""
+        for batch in lines:
+            texts, refusals, events = [], [], []
+            leaving = False
+            for line in batch:
+                if line in protocol.QUIT_LINES:
+                    leaving = True
+                    break
+                try:
+                    if text := protocol.decode_message(line):
+                        texts.append(text)
+                except ProtocolError as error:
+                    refusals.append(protocol.refusal(error))
+                    events.append(f"Refused a line from {client}: {error}")
+            message = "".join([f"{client.name}: {text}\n" for text in texts])
+            if texts or refusals:
+                encoded = message.encode(protocol.ENCODING)
+                reply = b"".join(refusals)
+                if not self.broadcast_message(encoded, client.socket, reply):
+                    return
+            if self._log_messages:
+                heard = f"Received message from {client.name}: "
+                events += [heard + text for text in texts]
+                if leaving:
+                    events.append(heard + line.decode(protocol.ENCODING))
+            if events:
+                # One record for all of them: a record costs more than a message.
+                logger.info("%s", "\n".join(events))
+            if leaving:
+                return
+
+    def broadcast_message(
+        self, message: bytes, sender_socket: socket.socket, reply: bytes = b""
+    ) -> bool:
+        """Append a message to the log, for everyone but its sender.
+
+        message: whole lines, each with its newline; reply: lines that its sender gets
+        instead.  Waits for room in the log, never for a reader.  Returns False if it
+        was not accepted, because the server is shutting down.
+        """
+        size = len(message) + len(reply)
+        # Who fills a whole recv() sends faster than we read, and may fill only half of
+        # the log: the other half keeps the way free for all who just say something.
+        limit = MAX_LOG_BYTES // (2 if size >= RECEIVE_BYTES else 1)
+        with self._lock:
+            while self._log and self._log_bytes + size > limit:
+                if self._closing.is_set():
+                    return False
+                self._room_in_log.wait()
+            if self._closing.is_set():
+                return False
+            client = self._connections[sender_socket]
+            self._append(_Entry(client, message, reply))
+        self._wake_broadcaster()
+        return True
+
+    def _append(self, entry: _Entry) -> None:
+        """Caller holds _lock, and calls _wake_broadcaster once it has released it."""
+        self._log.append(entry)
+        self._log_bytes += len(entry.to_others) + len(entry.to_self)
+
+    # --- the broadcaster ------------------------------------------------------------
+
+    def _wake_broadcaster(self) -> None:
+        # Without the lock: at worst two threads wake it, or nothing is left to be done.
+        if self._asleep:
+            self._asleep = False
+            try:
+                self._wake_sender.send(b"\0")
+            except BlockingIOError:
+                pass  # full of wake-ups
+
+    def _broadcast(self) -> None:
+        """Send everything that is ever sent to a member.  Runs in the broadcaster.
+
+        Ends when the log is closed and all of it is sent, or time is up.
+        """
+        while True:
+            now = time.monotonic()
+            if now < self._next_round - ROUND_SLACK_SECONDS:
+                self._serve_slow_readers(self._next_round)
+            elif entries := self._take_log():
+                self._send_round(_Round(entries))
+                if self._slow_readers:
+                    self._serve_slow_readers(now)
+            elif not self._closing.is_set():
+                self._serve_slow_readers(FOREVER)
+            elif self._slow_readers and now < self._give_up_at:
+                self._serve_slow_readers(self._give_up_at)
+            else:
+                break
+        self._hang_up_all()
+
+    def _take_log(self) -> list[_Entry]:
+        with self._lock:
+            entries = self._log
+            # Whoever appends to the empty log from here on sees that it must wake us.
+            self._asleep = not entries and not self._closing.is_set()
+            if entries:
+                self._log = []
+                self._log_bytes = 0
+                self._room_in_log.notify_all()
+            return entries
+
+    def _send_round(self, this_round: _Round) -> None:
+        """Send one block to every member, and what concerns only some to those."""
+        for client in this_round.joining:
+            self._members.add(client)
+        if self._last_round:
+            self._last_round.next = this_round
+        for client in tuple(self._members):
+            if client.waiting_bytes:
+                self._add_to_backlog(client, this_round)
+            else:
+                self._send(client, this_round)
+        for client in this_round.leaving:
+            self._members.discard(client)
+            self._release_if_done(client)
+        # Without slow readers nobody needs the chain.
+        self._last_round = this_round if self._slow_readers else None
+        self._brake(len(this_round.block))
+
+    def _send(self, client: _Client, this_round: _Round) -> None:
+        data = this_round.data(client)
+        try:
+            sent = _send_now(client.socket, data)
+        except OSError:
+            self._drop(client)
+            return
+        if sent < len(data):
+            client.waiting_bytes = len(data) - sent
+            client.round, client.offset = this_round, sent
+            self._slow_readers.add(client)
+            self._writable.register(client.socket, selectors.EVENT_WRITE, client)
+
+    def _add_to_backlog(self, client: _Client, this_round: _Round) -> None:
+        client.waiting_bytes += this_round.size(client)
+        if client.waiting_bytes > MAX_BACKLOG_BYTES:
+            client.too_slow = True
+            self._drop(client)
+
+    def _brake(self, block_bytes: int) -> None:
+        """Put off the next round, by its part of what a member has waiting.
+
+        Nothing up to half of what may wait; from there on longer and longer.
+        """
+        fullest = max(
+            [client.waiting_bytes for client in self._slow_readers], default=0
+        )
+        fullness = max(0.0, 2 * fullest / MAX_BACKLOG_BYTES - 1)
+        pause = FULL_ROUND_SECONDS * fullness * block_bytes / MAX_LOG_BYTES
+        self._next_round = max(self._next_round, time.monotonic()) + pause
+
+    def _serve_slow_readers(self, until: float) -> None:
+        """Wait for a wake-up or a writable socket, and send what it takes."""
+        timeout = None if until == FOREVER else max(0.0, until - time.monotonic())
+        for key, _ in self._writable.select(timeout):
+            if key.fileobj is self._wake_receiver:
+                self._wake_receiver.recv(RECEIVE_BYTES)
+            else:
+                self._flush(key.data)
+
+    def _flush(self, client: _Client) -> None:
+        """Send from the backlog of a slow reader what its socket takes."""
+        blocks: list[bytes] = []
+        gathered, here = -client.offset, client.round
+        while gathered < min(client.waiting_bytes, FLUSH_BYTES):
+            assert here is not None  # waiting_bytes counts what the chain holds
+            blocks.append(here.data(client))
+            gathered += len(blocks[-1])
+            here = here.next
+        try:
+            sent = _send_now(
+                client.socket, memoryview(b"".join(blocks))[client.offset :]
+            )
+        except OSError:
+            self._drop(client)
+            return
+        client.waiting_bytes -= sent
+        client.offset += sent
+        for block in blocks:
+            if client.offset < len(block) or not client.waiting_bytes:
+                break
+            assert client.round is not None
+            client.offset -= len(block)
+            client.round = client.round.next
+        if not client.waiting_bytes:
+            self._forget_backlog(client)
+            self._release_if_done(client)
+
+    def _forget_backlog(self, client: _Client) -> None:
+        self._slow_readers.discard(client)
+        self._writable.unregister(client.socket)
+        client.waiting_bytes = client.offset = 0
+        client.round = None
+
+    def _drop(self, client: _Client) -> None:
+        """Send nothing more to a client, and wake its handler, which does the rest.
+
+        What the client sent before its connection broke can still be read.
+        """
+        self._members.discard(client)
+        if client in self._slow_readers:
+            self._forget_backlog(client)
+        _wake(client.socket)
+        self._release_if_done(client)
+
+    def _release_if_done(self, client: _Client) -> None:
+        """Let the handler of a client that leaves close, once nothing is left to send."""
+        if client.released and not client.waiting_bytes:
+            client.released.set()
+
+    def _hang_up_all(self) -> None:
+        """Close our side of every connection: the broadcaster's last act."""
+        for client in self._members | self._slow_readers:
+            _half_close(client.socket)
+            if client.released:
+                client.released.set()
+        self._all_sent.set()
+
+    # --- connections go -------------------------------------------------------------
+
+    def remove_client(self, client_socket: socket.socket) -> None:
+        """Take a member off the list, tell the others, and wait for the last send to it.
+
+        Its handler calls this, and closes the socket afterwards.  Called again, or for
+        one who has not joined, it announces nothing.
+        """
+        with self._lock:
+            client = self._connections[client_socket]
+            self._waiting.pop(client, None)
+            if self.clients.get(client.name) is not client_socket:
+                return
+            del self.clients[client.name]
+            self._keys.remove(protocol.name_key(client.name))
+            last_send = self._all_sent
+            if not self._closing.is_set():
+                last_send = client.released = threading.Event()
+                left = protocol.notice(f"{client.name} has left the chat.")
+                self._append(_Entry(client, left, move=_Move.LEAVE))
+        self._wake_broadcaster()
+        logger.info("Removing user: %s from clients", client.name)
+        if not last_send.wait(LINGER_SECONDS):
+            _wake(client_socket)  # makes the next send fail
+            last_send.wait()
+
+    def _close(self, client: _Client) -> None:
+        """Close a connection, in its own thread, after the last send to it.
+
+        A close with input unread would reset the connection and could cost the peer the
+        lines under way.  So: close our side, read on to EOF for a moment, then close.
+        """
+        deadline = time.monotonic() + LINGER_SECONDS
+        with client.socket:
+            _half_close(client.socket)
+            try:
+                client.socket.settimeout(LINGER_SECONDS)
+                while client.socket.recv(RECEIVE_BYTES) and time.monotonic() < deadline:
+                    pass
+            except OSError:
+                pass  # gone, or silent until the time was up
+            with self._lock:
+                del self._connections[client.socket]
+                self._all_closed.notify_all()
+        if not client.name:
+            logger.info("Closed connection from %s", client)
+
+    def _shut_down(self, broadcaster: threading.Thread) -> None:
+        """End in order, within SHUTDOWN_SECONDS.
+
+        1. Take no new clients; send those away who have not joined.
+        2. Close the log, with a last notice to all members.
+        3. Let the broadcaster send all of it to all that read, and hang up.
+        4. Give the clients a moment to hang up too; then wake every handler.
+        5. Wait for the handlers.
+        """
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        notice = protocol.notice("Server is shutting down.")
+        self._listener.close()
+        with self._lock:
+            waiting, self._waiting = self._waiting, {}
+            self._append(_Entry(None, notice))
+            self._give_up_at = deadline
+            self._closing.set()
+            self._room_in_log.notify_all()
+        self._wake_broadcaster()
+        for client in waiting:
+            _send_at_once(client.socket, notice)
+            _wake(client.socket)
+        broadcaster.join()
+        with self._lock:
+            seconds = min(HANG_UP_SECONDS, deadline - time.monotonic())
+            self._all_closed.wait_for(lambda: not self._connections, seconds)
+            remaining = list(self._connections.values())
+        for client in remaining:
+            _wake(client.socket)
+        for client in remaining:
+            if client.thread:
+                client.thread.join()
+        self._writable.close()
+        for ours in (
+            self.stop_sender, self._stop_receiver, self._wake_sender, self._wake_receiver
+        ):  # fmt: skip
+            ours.close()
+
+
+# --- sockets ------------------------------------------------------------------------
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listener on the first address of the host that can be had."""
+    failure: OSError | None = None
+    for family, _, _, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        try:
+            # create_server sets SO_REUSEADDR where that is what lets a restarted
+            # server have its port back at once.
+            listener = socket.create_server(
+                address[:2], family=family, backlog=LISTEN_BACKLOG
+            )
+        except OSError as error:
+            failure = failure or error
+        else:
+            listener.setblocking(False)
+            return listener
+    assert failure is not None  # getaddrinfo gives at least one address or raises
+    raise failure
+
+
+def _set_options(client_socket: socket.socket) -> None:
+    """Make a connection quick, and find out when its peer has vanished.
+
+    Without data under way by keep-alive; with it by the user timeout, since the kernel
+    does not count keep-alive then (tcp(7)).  A system sets those that it has.
+    """
+    client_socket.setblocking(True)  # on BSD and macOS inherited from the listener
+    client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_NODELAY", 1),
+        ("TCP_KEEPIDLE", 60),  # seconds
+        ("TCP_KEEPALIVE", 60),  # the same on macOS
+        ("TCP_KEEPINTVL", 15),  # seconds
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", 120_000),  # milliseconds
+    ):
+        if hasattr(socket, option):
+            client_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _send_now(client_socket: socket.socket, data: bytes | memoryview) -> int:
+    """Return how many bytes the socket took without waiting.
+
+    The socket itself stays blocking: its handler waits in recv() at the same time.
+    """
+    if not hasattr(socket, "MSG_DONTWAIT"):  # Windows: ask first, and send a little
+        ready = select.select([], [client_socket], [], 0)[1]
+        return client_socket.send(data[:1024]) if ready else 0
+    try:
+        return client_socket.send(data, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return 0
+
+
+def _send_at_once(client_socket: socket.socket, line: bytes) -> None:
+    """Send a line to one who is not a member, without waiting; it may be gone."""
+    try:
+        _send_now(client_socket, line)
+    except OSError:
+        pass  # its handler finds out by itself
+
+
+def _wake(client_socket: socket.socket) -> None:
+    """End a connection under a thread that is blocked on it: recv() returns b"".
+
+    close() would wake nobody, and free a descriptor that is still in use.
+    """
+    try:
+        client_socket.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # ended already
+
+
+def _half_close(client_socket: socket.socket) -> None:
+    try:
+        client_socket.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # ended already
+
+
+def _format_address(address: tuple[str, int]) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# --- the terminal -------------------------------------------------------------------
+
+
+class LogWriter(logging.Handler):
+    """Writes the log from a thread of its own: a paused terminal stops nothing.
+
+    What is too much is left out, and the next line that fits says how much that was.
+    (QueueListener would serve but that its stop() waits for a terminal that is stuck,
+    and that its queue counts records; one record may hold the lines of a whole recv.)
+    """
+
+    def __init__(self, descriptor: int, encoding: str = protocol.ENCODING) -> None:
+        """descriptor: where to write, unbuffered; it is not closed."""
+        super().__init__()
+        self._descriptor = descriptor
+        self._encoding = encoding
+        # Guards the names below.  Not held while writing.
+        self._changed = threading.Condition()
+        self._texts: list[str] = []
+        self._unwritten_lines = 0
+        self._left_out_lines = 0
+        # A daemon, since nothing can wake a write to a terminal that is stuck; it holds
+        # no lock then that the interpreter's exit needs.
+        threading.Thread(target=self._write, name="log writer", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record's lines, cleaned.  Never waits for the terminal."""
+        lines = [protocol.clean(line) for line in record.getMessage().split("\n")]
+        with self._changed:
+            if self._unwritten_lines + len(lines) > MAX_UNWRITTEN_LINES:
+                self._left_out_lines += len(lines)
+                return
+            if self._left_out_lines:
+                lines.insert(0, f"({self._left_out_lines} lines left out)")
+                self._left_out_lines = 0
+            self._texts.append("\n".join(lines) + "\n")
+            self._unwritten_lines += len(lines)
+            self._changed.notify_all()
+
+    def drain(self, seconds: float) -> None:
+        """Wait until all is written, or the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._unwritten_lines, seconds)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts)
+                text = "".join(self._texts)
+                self._texts.clear()
+            data = memoryview(text.encode(self._encoding, "backslashreplace"))
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError:
+                pass  # nobody reads it any more; the chat goes on
+            with self._changed:
+                self._unwritten_lines -= text.count("\n")
+                self._changed.notify_all()
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = _ArgumentParser(
+        description="A chat room over plain TCP. Ctrl-C ends it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--host", default=protocol.DEFAULT_HOST,
+        help="name or address to listen on; 0.0.0.0 lets the whole network in",
+    )  # fmt: skip
+    parser.add_argument(
+        "--port", type=protocol.whole_number(0, 65535), default=protocol.DEFAULT_PORT,
+        help="TCP port to listen on, 0 to 65535; 0 takes a free one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-clients", type=protocol.whole_number(1), default=MAX_CLIENTS,
+        metavar="N", help="connections at most, joined or not",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rate", type=protocol.whole_number(0), default=LINES_PER_SECOND, metavar="N",
+        help="lines per second that a client may send in the long run, "
+        f"{BURST_SECONDS} N at once; 0 means no limit",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quiet", action="store_true", help="do not show the messages themselves"
+    )
+    return parser.parse_args()
+
+
+def _raise_open_file_limit(clients: int) -> None:
+    """Make room for so many connections, as far as the system allows."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = clients + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        except (OSError, ValueError):
+            allowed = soft  # macOS has a limit of its own below "unlimited"
+        if allowed < needed:
+            logger.warning(
+                "Only %d open files are allowed: room for some %d of %d clients",
+                allowed, max(0, allowed - SPARE_DESCRIPTORS), clients,
+            )  # fmt: skip
+
+
+def main() -> int:
+    """Run the server; return its exit status."""
+    options = _parse_arguments()
+    try:
+        server = ChatServer(
+            options.host,
+            options.port,
+            max_clients=options.max_clients,
+            lines_per_second=options.rate,
+            log_messages=not options.quiet,
+        )
+    except (OSError, ValueError) as error:  # ValueError: not a host name at all
+        reason = getattr(error, "strerror", None) or error
+        print(
+            f"server.py: cannot listen on {options.host}, port {options.port}: {reason}"
+            " (try another --host or --port)",
+            file=sys.stderr,
+        )
+        return 1
+
+    def stop(*_: object) -> None:
+        # The signal's number has gone to stop_sender already.  The next signal of the
+        # kind ends the process at once.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # The kernel may hand a signal to any thread, and only a byte on a socket is sure to
+    # wake the main one.
+    signal.set_wakeup_fd(server.stop_sender.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    # A thread that computes makes every send wait this long for the interpreter lock.
+    sys.setswitchinterval(0.0005)
+    writer = LogWriter(sys.stdout.fileno(), sys.stdout.encoding)
+    logger.addHandler(writer)
+    logger.setLevel(logging.INFO)
+    logger.info("Server is running...")
+    logger.info("Listening on %s", server.address)
+    _raise_open_file_limit(options.max_clients)
+    server.serve()
+    writer.drain(2.0 - SHUTDOWN_SECONDS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
