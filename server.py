@@ -3,13 +3,13 @@
 Threads:
   main          accept_connections: accepts, starts a handler each; then shuts down
   handlers      handle_client, one per client: read, check, append to the log
-  broadcaster   everything that is ever sent to a member
+  broadcaster   sends to the members, with a handler's help where that is quicker
   log writer    what the terminal shows
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
-one entry to a log, under the lock.  The broadcaster takes all entries that wait, joins
-them into one block and does one non-blocking send per member.  What a socket does not
-take waits in a chain of blocks that all slow readers share.
+one entry to a log, under the lock.  Whoever sends at the moment takes all entries that
+wait, joins them into one block and does one non-blocking send per member: a round.  What
+a socket does not take waits in a chain of blocks that all slow readers share.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
 
 FOREVER = float("inf")
+MSG_DONTWAIT: int | None = getattr(socket, "MSG_DONTWAIT", None)
 
 logger = logging.getLogger("chat.server")
 
@@ -231,14 +232,16 @@ class ChatServer:
         self._room_in_log = threading.Condition(self._lock)
         self._all_closed = threading.Condition(self._lock)
 
-        # The broadcaster's own.  _asleep: it waits, with the log empty, for a wake-up.
+        # Whoever holds this sends, and owns the names below: the broadcaster, or a
+        # handler for one round.  Taken before _lock, never after it.
+        self._sending = threading.Lock()
         self._members: set[_Client] = set()
         self._slow_readers: set[_Client] = set()  # those with a backlog
         self._writable = selectors.DefaultSelector()  # watches slow readers and:
         self._wake_sender, self._wake_receiver = socket.socketpair()
         self._wake_sender.setblocking(False)
         self._writable.register(self._wake_receiver, selectors.EVENT_READ)
-        self._asleep = False
+        self._asleep = False  # the log was empty when its sender last looked
         self._last_round: _Round | None = None  # the end of the chain of backlogs
         self._next_round = 0.0  # not before then, so that slow readers can keep up
         self._give_up_at = FOREVER  # set before _closing is
@@ -434,7 +437,7 @@ class ChatServer:
             self.clients[name] = client.socket
             client.name = name
             self._append(_Entry(client, protocol.notice(joined), welcome, _Move.JOIN))
-        self._wake_broadcaster()
+        self._deliver()
         logger.info("User %s", joined)
         return True
 
@@ -499,45 +502,80 @@ class ChatServer:
                 return False
             client = self._connections[sender_socket]
             self._append(_Entry(client, message, reply))
-        self._wake_broadcaster()
+        self._deliver()
         return True
 
     def _append(self, entry: _Entry) -> None:
-        """Caller holds _lock, and calls _wake_broadcaster once it has released it."""
+        """Caller holds _lock, and calls _deliver once it has released it."""
         self._log.append(entry)
         self._log_bytes += len(entry.to_others) + len(entry.to_self)
 
     # --- the broadcaster ------------------------------------------------------------
 
-    def _wake_broadcaster(self) -> None:
-        # Without the lock: at worst two threads wake it, or nothing is left to be done.
-        if self._asleep:
-            self._asleep = False
+    def _deliver(self) -> None:
+        """Have what was appended to the log sent.  Never waits.
+
+        If nobody sends at this moment, the calling handler sends one round itself: that
+        saves the time it takes to wake another thread.  What comes meanwhile is left to
+        the broadcaster, and the handler goes back to reading.
+        """
+        if not self._slow_readers and self._sending.acquire(blocking=False):
             try:
-                self._wake_sender.send(b"\0")
-            except BlockingIOError:
-                pass  # full of wake-ups
+                if entries := self._take_log():
+                    self._send_round(_Round(entries))
+            finally:
+                self._sending.release()
+            if self._log or self._slow_readers:
+                self._wake_broadcaster()
+        elif self._asleep:
+            self._wake_broadcaster()
+
+    def _wake_broadcaster(self) -> None:
+        self._asleep = False
+        try:
+            self._wake_sender.send(b"\0")
+        except BlockingIOError:
+            pass  # full of wake-ups
 
     def _broadcast(self) -> None:
-        """Send everything that is ever sent to a member.  Runs in the broadcaster.
+        """Send what no handler sends.  Runs in the broadcaster.
 
         Ends when the log is closed and all of it is sent, or time is up.
         """
         while True:
+            with self._sending:
+                self._send_all()
+                if self._closing.is_set() and not self._log:
+                    self._hang_up_all()
+                    return
+            # Handlers that found us sending rely on this second look at the log.
+            if not self._log:
+                self._wait(FOREVER)
+
+    def _send_all(self) -> None:
+        """Send until nothing waits, neither in the log nor for a slow reader."""
+        while True:
             now = time.monotonic()
+            until = now
             if now < self._next_round - ROUND_SLACK_SECONDS:
-                self._serve_slow_readers(self._next_round)
+                until = self._next_round
             elif entries := self._take_log():
                 self._send_round(_Round(entries))
-                if self._slow_readers:
-                    self._serve_slow_readers(now)
-            elif not self._closing.is_set():
-                self._serve_slow_readers(FOREVER)
             elif self._slow_readers and now < self._give_up_at:
-                self._serve_slow_readers(self._give_up_at)
+                until = self._give_up_at
             else:
-                break
-        self._hang_up_all()
+                return
+            if self._slow_readers:
+                for client in self._wait(until):
+                    self._flush(client)
+
+    def _wait(self, until: float) -> list[_Client]:
+        """Wait for a wake-up or a slow reader; return those that can take more."""
+        timeout = None if until == FOREVER else max(0.0, until - time.monotonic())
+        ready = [key for key, _ in self._writable.select(timeout)]
+        if any(key.fileobj is self._wake_receiver for key in ready):
+            self._wake_receiver.recv(RECEIVE_BYTES)
+        return [key.data for key in ready if key.data]
 
     def _take_log(self) -> list[_Entry]:
         with self._lock:
@@ -559,8 +597,10 @@ class ChatServer:
         for client in tuple(self._members):
             if client.waiting_bytes:
                 self._add_to_backlog(client, this_round)
+            elif client in this_round.views:
+                self._send(client, this_round, this_round.data(client))
             else:
-                self._send(client, this_round)
+                self._send(client, this_round, this_round.block)
         for client in this_round.leaving:
             self._members.discard(client)
             self._release_if_done(client)
@@ -568,8 +608,7 @@ class ChatServer:
         self._last_round = this_round if self._slow_readers else None
         self._brake(len(this_round.block))
 
-    def _send(self, client: _Client, this_round: _Round) -> None:
-        data = this_round.data(client)
+    def _send(self, client: _Client, this_round: _Round, data: bytes) -> None:
         try:
             sent = _send_now(client.socket, data)
         except OSError:
@@ -598,15 +637,6 @@ class ChatServer:
         fullness = max(0.0, 2 * fullest / MAX_BACKLOG_BYTES - 1)
         pause = FULL_ROUND_SECONDS * fullness * block_bytes / MAX_LOG_BYTES
         self._next_round = max(self._next_round, time.monotonic()) + pause
-
-    def _serve_slow_readers(self, until: float) -> None:
-        """Wait for a wake-up or a writable socket, and send what it takes."""
-        timeout = None if until == FOREVER else max(0.0, until - time.monotonic())
-        for key, _ in self._writable.select(timeout):
-            if key.fileobj is self._wake_receiver:
-                self._wake_receiver.recv(RECEIVE_BYTES)
-            else:
-                self._flush(key.data)
 
     def _flush(self, client: _Client) -> None:
         """Send from the backlog of a slow reader what its socket takes."""
@@ -686,7 +716,7 @@ class ChatServer:
                 last_send = client.released = threading.Event()
                 left = protocol.notice(f"{client.name} has left the chat.")
                 self._append(_Entry(client, left, move=_Move.LEAVE))
-        self._wake_broadcaster()
+        self._deliver()
         logger.info("Removing user: %s from clients", client.name)
         if not last_send.wait(LINGER_SECONDS):
             _wake(client_socket)  # makes the next send fail
@@ -801,11 +831,11 @@ def _send_now(client_socket: socket.socket, data: bytes | memoryview) -> int:
 
     The socket itself stays blocking: its handler waits in recv() at the same time.
     """
-    if not hasattr(socket, "MSG_DONTWAIT"):  # Windows: ask first, and send a little
+    if MSG_DONTWAIT is None:  # Windows: ask first, and send a little
         ready = select.select([], [client_socket], [], 0)[1]
         return client_socket.send(data[:1024]) if ready else 0
     try:
-        return client_socket.send(data, socket.MSG_DONTWAIT)
+        return client_socket.send(data, MSG_DONTWAIT)
     except BlockingIOError:
         return 0
 
