@@ -153,6 +153,8 @@ _IGNORABLE = re.compile(
 _PUNCTUATION = "_-."
 # Scripts with letters that look alike; Unicode names say which one a letter is of.
 _LOOKALIKE_SCRIPTS = frozenset({"LATIN", "GREEK", "CYRILLIC"})
+# But not of these, which are Latin (Scripts.txt).
+_UNNAMED_LATIN = re.compile("[\u1d2f\u1d3b\u1d4e\u2132\u214e\u2183\U00010780]")
 
 
 def check_name(text: str) -> str:
@@ -194,7 +196,8 @@ def _is_name_char(char: str) -> bool:
 
 def _scripts(name: str) -> set[str]:
     letters = (char for char in name if unicodedata.category(char)[0] == "L")
-    return {word for char in letters for word in unicodedata.name(char, "").split()}
+    words = {word for char in letters for word in unicodedata.name(char, "").split()}
+    return words | {"LATIN"} if _UNNAMED_LATIN.search(name) else words
 
 
 # --- lines from the server ----------------------------------------------------------

@@ -65,9 +65,10 @@ LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and those who are turned away
 LINGER_SECONDS = 1.0  # for the last lines to one who leaves
-SHUTDOWN_SECONDS = 1.5  # 2 s are promised
+SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
+LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
 
 FOREVER = float("inf")
 MSG_DONTWAIT: int | None = getattr(socket, "MSG_DONTWAIT", None)
@@ -96,7 +97,7 @@ class _Client:
         self.peer = peer  # "address:port", for the log
         self.thread: threading.Thread | None = None  # its handler
         self.name = ""  # until it has joined
-        self.join_by = time.monotonic() + JOIN_SECONDS
+        self.join_by = time.monotonic() + JOIN_SECONDS  # FOREVER once it has
         self.too_slow = False  # set by the broadcaster when it gives up on it
         self.released: threading.Event | None = None  # set after the last send to it
         # The backlog, the broadcaster's alone: so many bytes, the first of them at
@@ -364,37 +365,41 @@ class ChatServer:
         allowance = _Allowance(self._lines_per_second)
         while chunk := self._receive(client):
             lines = splitter.feed(chunk)
-            while lines and not client.too_slow:
+            while lines and not client.too_slow and time.monotonic() < client.join_by:
                 taken = allowance.take(len(lines) if client.name else 1)
                 if taken:
                     yield lines[:taken]
                     del lines[:taken]
-                elif self._closing.wait(allowance.seconds_until_more()):
+                    continue
+                until_join = client.join_by - time.monotonic()
+                if self._closing.wait(min(allowance.seconds_until_more(), until_join)):
                     return
             if client.too_slow:
-                logger.info(
-                    "Disconnected %s: too slow, more than %d bytes waited for it",
-                    client, MAX_BACKLOG_BYTES,
-                )  # fmt: skip
-                return
+                break
+        if client.too_slow:
+            logger.info(
+                "Disconnected %s: too slow, more than %d bytes waited for it",
+                client, MAX_BACKLOG_BYTES,
+            )  # fmt: skip
 
     def _receive(self, client: _Client) -> bytes:
         """Return what one recv() gives; b"" at EOF, or when the time to join is up."""
-        if client.name:
+        seconds = client.join_by - time.monotonic()
+        if seconds == FOREVER:
             return client.socket.recv(RECEIVE_BYTES)
-        # A timeout counts for sending too.  It is taken back before the broadcaster
-        # can know this client.
-        client.socket.settimeout(max(0.001, client.join_by - time.monotonic()))
         try:
-            return client.socket.recv(RECEIVE_BYTES)
-        except TimeoutError:
-            if time.monotonic() < client.join_by:
+            if seconds > 0:
+                # A timeout counts for sending too.  It is taken back before whoever
+                # sends can know this client.
+                client.socket.settimeout(seconds)
+                return client.socket.recv(RECEIVE_BYTES)
+        except TimeoutError as error:
+            if error.errno:
                 raise  # the connection's own: the peer has vanished
-            reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
-            self._refuse(client, reason)
-            return b""
         finally:
             client.socket.settimeout(None)
+        self._refuse(client, f"You have not joined within {JOIN_SECONDS:.0f} seconds.")
+        return b""
 
     def _ask_name(self, client: _Client, lines: Iterator[list[bytes]]) -> bool:
         """Read until a line is a name that may be used; False if none comes."""
@@ -436,6 +441,7 @@ class ChatServer:
             self._keys.add(key)
             self.clients[name] = client.socket
             client.name = name
+            client.join_by = FOREVER
             self._append(_Entry(client, protocol.notice(joined), welcome, _Move.JOIN))
         self._deliver()
         logger.info("User %s", joined)
@@ -1025,7 +1031,7 @@ def main() -> int:
     logger.info("Listening on %s", server.address)
     _raise_open_file_limit(options.max_clients)
     server.serve()
-    writer.drain(2.0 - SHUTDOWN_SECONDS)
+    writer.drain(LAST_LINES_SECONDS)
     return 0
 
 
