@@ -1,0 +1,94 @@
+"""The fixtures: servers that leave nothing behind."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# The modules under test lie beside the tests' directory, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from helpers import (
+    HANG_SECONDS,
+    Room,
+    ServerProcess,
+    open_descriptors,
+)
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """Check that the test leaves no thread and no file descriptor behind."""
+    threads = set(threading.enumerate())
+    descriptors = open_descriptors()
+    yield
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(HANG_SECONDS)
+        assert not thread.is_alive(), thread
+    assert open_descriptors() == descriptors
+
+
+@pytest.fixture
+def start_room(no_leaks: None) -> Iterator[Callable[..., Room]]:
+    """Start servers in threads; on leaving they are stopped, and nothing is left."""
+    rooms: list[Room] = []
+
+    def start(host: str = "127.0.0.1", **options: int) -> Room:
+        room = Room(host, **options)
+        rooms.append(room)
+        return room
+
+    yield start
+    for room in rooms:
+        room.close_peers()
+        room.stop()
+
+
+@pytest.fixture
+def room(start_room: Callable[..., Room]) -> Room:
+    """A server in a thread, as it is by default but for the free port."""
+    return start_room()
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., ServerProcess]]:
+    """Start server processes; on leaving they are killed.
+
+    Whatever a test does to a server, nothing may appear on its stderr.
+    """
+    servers: list[ServerProcess] = []
+
+    def start(
+        *flags: str, limits: str = "", small_buffers: bool = False
+    ) -> ServerProcess:
+        server = ServerProcess(*flags, limits=limits, small_buffers=small_buffers)
+        servers.append(server)
+        return server
+
+    yield start
+    errors = ""
+    for server in servers:
+        server.close_peers()
+        errors += server.end()
+    assert errors == ""
+
+
+@pytest.fixture
+def open_file_limit() -> Iterator[Callable[[int], None]]:
+    """Let this process open so many files, or skip the test."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def need(files: int) -> None:
+        if soft != resource.RLIM_INFINITY and soft < files:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+            except (OSError, ValueError):
+                pytest.skip(f"needs {files} open files")
+
+    yield need
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
