@@ -35,6 +35,7 @@ except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 CONNECT_SECONDS = 10.0
+HANG_UP_SECONDS = 1.0  # that a server which is full has for closing
 LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
 RECEIVE_BYTES = 65536
 READ_BYTES = 4096  # of the keyboard or a pipe
@@ -89,6 +90,8 @@ class ChatClient:
                 self._terminal.show(str(error))
                 return 1
             finally:
+                # Wakes the receiver, if Ctrl-C came while handle_chat() started it.
+                _shut_down(self._socket, socket.SHUT_RDWR)
                 self._socket.close()
 
     def menu(self) -> str:
@@ -118,7 +121,8 @@ class ChatClient:
                 continue
             self._terminal.show(f"Joining the chat as {name}...")
             reply = self._send_name(name)
-            if reply.text == protocol.FULL:
+            # That word may also be part of a name that is refused.
+            if _says_full(reply) and self._hangs_up():
                 raise ConnectionLost(f"! {reply.text}")
             self._terminal.show(reply)
             if reply.mark == "*":
@@ -148,7 +152,7 @@ class ChatClient:
                 line = self._next_line()
                 if not line:
                     break
-                if line.text == protocol.FULL:
+                if _says_full(line):
                     raise ConnectionLost(f"! {line.text}")
             else:
                 return
@@ -163,6 +167,14 @@ class ChatClient:
         except OSError as error:
             reason = error.strerror or error
             raise ConnectionLost(f"Connection lost: {reason}.") from None
+
+    def _hangs_up(self) -> bool:
+        """Tell whether the server closes the connection in a moment."""
+        try:
+            ready = select.select([self._socket], [], [], HANG_UP_SECONDS)[0]
+            return bool(ready) and not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def _next_line(self) -> ServerLine | None:
         """Return the next line from the server; None at EOF.  Raises OSError."""
@@ -198,7 +210,7 @@ class ChatClient:
             self._terminal.show("Leaving the chat...")
             # Everything sent is delivered before the server closes its side.
             _shut_down(client_socket, socket.SHUT_WR)
-            receiver.join(self._terminal.patience)
+            receiver.join(LEAVE_SECONDS if status else self._terminal.patience)
         finally:
             _shut_down(client_socket, socket.SHUT_RDWR)  # wakes the receiver
             receiver.join()
@@ -234,6 +246,10 @@ class ChatClient:
         except OSError as error:
             self._end = error.strerror or str(error)
         self._terminal.wake()
+
+
+def _says_full(line: ServerLine) -> bool:
+    return line.mark == "!" and "full" in line.text.lower()
 
 
 def _shut_down(client_socket: socket.socket, how: int) -> None:
@@ -283,12 +299,12 @@ class PlainTerminal:
 
     def ask(self, prompt: str) -> str | None:
         """Return the line that is typed; None at the end of input, or if woken."""
-        with self._lock:
-            self._prompt = prompt
-            if self._person:
-                self._write(prompt)
         line = None
         try:
+            with self._lock:
+                self._prompt = prompt
+                if self._person:
+                    self._write(prompt)
             line = self._read_line()
         finally:
             with self._lock:
@@ -511,6 +527,7 @@ class LineEditor(PlainTerminal):
         signal.signal(signal.SIGCONT, self._on_continue)
         signal.signal(signal.SIGTERM, self._on_end)
         signal.signal(signal.SIGHUP, self._on_end)
+        signal.signal(signal.SIGQUIT, self._on_end)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -566,16 +583,13 @@ class LineEditor(PlainTerminal):
 
     def ask(self, prompt: str) -> str | None:
         """Return the line that is typed; None for Ctrl-D, or if woken."""
-        drafts = [
-            *self._history,
-            "",
-        ]  # the history and the new line, as they are edited
+        drafts = [*self._history, ""]  # and the new line, as they are edited
         place = len(drafts) - 1
-        with self._lock:
-            self._prompt = prompt
-            self._before, self._after = "", ""
-            self._draw()
         try:
+            with self._lock:
+                self._prompt = prompt
+                self._before, self._after = "", ""
+                self._draw()
             while (key := self._next_key()) is not None:
                 if key in "\r\n":
                     return self._before + self._after
@@ -760,9 +774,16 @@ def _open_terminal() -> PlainTerminal:
     )
 
 
+def _on_interrupt(*_: object) -> NoReturn:
+    # Once: a second Ctrl-C must not break into the leaving.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def client_program() -> int:
     """Run the client; return its exit status."""
     options = _parse_arguments()
+    signal.signal(signal.SIGINT, _on_interrupt)
     try:
         client = ChatClient(options.host, options.port, _open_terminal())
     except KeyboardInterrupt:

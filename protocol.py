@@ -29,8 +29,6 @@ MAX_NAME_CHARS = 32
 
 QUIT_LINES = frozenset({b"q", b"Q"})
 RESERVED_NAMES = frozenset({"you", "server", "q"})
-# A client that reads this refusal need not try another name.
-FULL = "The chat is full, please try again later."
 
 
 class ProtocolError(ValueError):
@@ -221,7 +219,7 @@ def parse_server_line(line: str) -> ServerLine:
     if line.startswith(("* ", "! ")):
         return ServerLine(line[0], "", line[2:])
     name, colon, text = line.partition(": ")
-    return ServerLine("", name, text) if colon else ServerLine("", "", line)
+    return ServerLine("", name, text) if name and colon else ServerLine("", "", line)
 
 
 def notice(text: str) -> bytes:

@@ -331,7 +331,9 @@ class ChatServer:
         with self._lock:
             client = self._connections[client_socket]
         logger.info("Refused %s: the chat is full", client)
-        _send_at_once(client_socket, protocol.refusal(protocol.FULL))
+        _send_at_once(
+            client_socket, protocol.refusal("The chat is full, please try again later.")
+        )
         self._close(client)
 
     # --- one client -----------------------------------------------------------------

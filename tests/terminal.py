@@ -1,0 +1,379 @@
+"""A person at a terminal: a program on a pseudo-terminal, and what the screen shows.
+
+Terminal runs a program under a shell with job control, so that Ctrl-C, Ctrl-Z and fg do
+what they do for people.  Screen makes rows of text of what the program writes.  It knows
+the escape sequences that the client may use, and fails on any other.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import select
+import signal
+import subprocess
+import termios
+import time
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from helpers import HANG_SECONDS
+
+
+class _Cell(NamedTuple):
+    text: str  # a character and what combines with it; "" behind a wide one
+    style: str  # the numbers of the last ESC [ ... m
+
+
+class _Row:
+    def __init__(self) -> None:
+        self.cells: list[_Cell] = []
+        self.wrapped = False  # the next row goes on with the same line
+
+    def __str__(self) -> str:
+        return "".join([cell.text for cell in self.cells]).rstrip(" ")
+
+
+class Screen:
+    """What a terminal makes of the bytes that are written to it."""
+
+    _TOKEN = re.compile(r"\x1b\[([0-9;]*)([A-Za-z])|([^\x1b])", re.DOTALL)
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self._columns, self._height = columns, rows
+        self._rows = [_Row()]
+        self._row = 0
+        self._column = 0  # the number of columns: the next character wraps
+        self._style = ""
+        self._unread = ""  # the beginning of an escape sequence
+        self.scrolled_off: list[str] = []  # rows that have left the screen at the top
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows down to the last one with text or the cursor in it.
+
+        Spaces at their ends are left out, as nobody sees them.
+        """
+        rows = [str(row) for row in self._rows]
+        while len(rows) > self._row + 1 and not rows[-1]:
+            rows.pop()
+        return rows
+
+    @property
+    def everything(self) -> list[str]:
+        """The rows that have scrolled off, and those on the screen."""
+        return self.scrolled_off + self.rows
+
+    @property
+    def cursor(self) -> tuple[int, int]:
+        """Row and column of the cursor."""
+        return self._row, min(self._column, self._columns - 1)
+
+    @property
+    def cursor_in_everything(self) -> tuple[int, int]:
+        """Row and column of the cursor, the rows that scrolled off counted as well."""
+        return len(self.scrolled_off) + self.cursor[0], self.cursor[1]
+
+    def styles(self, text: str) -> set[str]:
+        """Return the styles in which the first occurrence of this text is shown."""
+        row = next(row for row in self._rows if text in str(row))
+        cells = [cell for cell in row.cells if cell.text]
+        start = "".join([cell.text for cell in cells]).index(text)
+        return {cell.style for cell in cells[start : start + len(text)]}
+
+    def feed(self, text: str) -> None:
+        """Interpret what was written."""
+        self._unread += text
+        place = 0
+        while found := self._TOKEN.match(self._unread, place):
+            place = found.end()
+            numbers, command, char = found.groups()
+            if char:
+                self._put(char)
+            else:
+                self._obey(command, numbers)
+        self._unread = self._unread[place:]
+        assert len(self._unread) < 16, f"not understood: {self._unread!r}"
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Fold all lines anew; the cursor stays on its character.
+
+        Most terminals do that.
+        """
+        lines: list[list[_Cell]] = [[]]
+        cursor = (0, 0)  # the number of the line, and the place in it
+        for number, row in enumerate(self._rows):
+            if number == self._row:
+                lines[-1] += row.cells[: self._column]
+                cursor = (len(lines) - 1, len(lines[-1]))
+                lines[-1] += row.cells[self._column :]
+            else:
+                lines[-1] += row.cells
+            if not row.wrapped:
+                lines.append([])
+        while len(lines) > cursor[0] + 1 and not lines[-1]:
+            lines.pop()
+        self._columns, self._height = columns, rows
+        self._rows, self._row, self._column = [_Row()], 0, 0
+        place = (0, 0)  # of the cursor: the row, those scrolled off counted, and column
+        for number, line in enumerate(lines):
+            if number:
+                self._column = 0
+                self._line_feed()
+            for index, cell in enumerate(line):
+                if cell.text:
+                    self._put(cell.text, cell.style)
+                if (number, index + 1) == cursor:
+                    place = (len(self.scrolled_off) + self._row, self._column)
+            if (number, 0) == cursor:
+                place = (len(self.scrolled_off) + self._row, 0)
+        self._row, self._column = place[0] - len(self.scrolled_off), place[1]
+
+    def _put(self, char: str, style: str | None = None) -> None:
+        if char == "\r":
+            self._column = 0
+        elif char == "\n":
+            self._line_feed()
+        else:
+            category = unicodedata.category(char[0])
+            assert category != "Cc", f"control character {char!r}"
+            if category in ("Mn", "Me", "Cf"):
+                self._combine(char)
+            else:
+                wide = unicodedata.east_asian_width(char[0]) in "WF"
+                self._print(char, 1 + wide, self._style if style is None else style)
+
+    def _print(self, char: str, width: int, style: str) -> None:
+        if self._column + width > self._columns:
+            self._rows[self._row].wrapped = True
+            self._column = 0
+            self._line_feed()
+        cells = self._rows[self._row].cells
+        cells += [_Cell(" ", "")] * (self._column - len(cells))
+        new = [_Cell(char, style), _Cell("", style)][:width]
+        cells[self._column : self._column + width] = new
+        self._column += width
+
+    def _combine(self, mark: str) -> None:
+        cells = self._rows[self._row].cells
+        place = self._column - 1
+        while not cells[place].text:  # the second half of a wide character
+            place -= 1
+        cells[place] = cells[place]._replace(text=cells[place].text + mark)
+
+    def _line_feed(self) -> None:
+        self._row += 1
+        if self._row == len(self._rows):
+            self._rows.append(_Row())
+        if self._row == self._height:
+            self.scrolled_off.append(str(self._rows.pop(0)))
+            self._row -= 1
+
+    def _obey(self, command: str, numbers: str) -> None:
+        match command, numbers:
+            case "m", _:
+                self._style = numbers
+            case "A", _:
+                self._row = max(0, self._row - int(numbers))
+                self._column = min(self._column, self._columns - 1)
+            case "C", _:
+                self._column = min(self._column + int(numbers), self._columns - 1)
+            case "J", "":
+                del self._rows[self._row + 1 :]
+                del self._rows[self._row].cells[self._column :]
+                self._rows[self._row].wrapped = False
+            case "J", "2":
+                self._rows = [_Row() for _ in self._rows]
+            case "H", "":
+                self._row = self._column = 0
+            case _:
+                raise AssertionError(f"escape sequence ESC [ {numbers} {command}")
+
+
+# The first shell makes the terminal ($0) the controlling one of its session: the session
+# has none yet, and opening one is enough.  3 brings orders of the test, 4 takes reports
+# to it, 5 will be the program's stderr.
+_TAKE_TERMINAL = 'exec 3<&0 4>&1 5>&2 <>"$0" >&0 2>&0; exec "$@"'
+# The second one is the shell of the person: when the program has stopped or ended, it
+# reports the status, and for each line of order it continues the program.
+_RUN_JOB = """
+set -m
+sh -c 'exec "$@" 2>&5 3<&- 4>&- 5>&-' sh "$@"
+status=$?
+while echo "$status" >&4 && read -r _ <&3; do
+    fg >/dev/null
+    status=$?
+done
+"""
+
+
+class Terminal:
+    """A program that runs on a terminal of its own, with a person at it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        columns: int = 80,
+        rows: int = 24,
+    ) -> None:
+        self.screen = Screen(columns, rows)
+        self.output = ""  # all that was written, as it was written
+        self.errors = ""  # all that was written to stderr; known after end()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._reports = b""
+        self._master, slave = os.openpty()
+        try:
+            os.set_blocking(self._master, False)
+            termios.tcsetwinsize(self._master, (rows, columns))
+            self.modes_before = self.modes()
+            shells = ["sh", "-c", _TAKE_TERMINAL, os.ttyname(slave)]
+            self._shell = subprocess.Popen(
+                [*shells, "sh", "-c", _RUN_JOB, "sh", *command],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            self.wait_until(lambda: self.output != "")
+        except BaseException:
+            os.close(self._master)
+            raise
+        finally:
+            os.close(slave)
+
+    # --- hands ----------------------------------------------------------------------
+
+    def type(self, keys: str | bytes) -> None:
+        """Press keys; Enter is a carriage return."""
+        data = keys.encode() if isinstance(keys, str) else keys
+        while data:
+            # What the program shows meanwhile is read, or it might be stuck with it.
+            ready = select.select([self._master], [self._master], [], HANG_SECONDS)
+            assert ready[0] or ready[1], "the program does not read"
+            if ready[0]:
+                self._read()
+            if ready[1]:
+                data = data[os.write(self._master, data) :]
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Change the size of the window, and wait for the program to take note."""
+        written = len(self.output)
+        self.screen.resize(columns, rows)
+        termios.tcsetwinsize(self._master, (rows, columns))
+        self.wait_until(lambda: len(self.output) > written)
+
+    def resume(self) -> None:
+        """Say fg to the shell."""
+        assert self._shell.stdin
+        self._shell.stdin.write(b"fg\n")
+        self._shell.stdin.flush()
+
+    # --- eyes -----------------------------------------------------------------------
+
+    def wait_until(self, fact: Callable[[], bool]) -> None:
+        """Read what the program writes until this is so."""
+        deadline = time.monotonic() + HANG_SECONDS
+        while not fact():
+            ready = self._wait(deadline)
+            assert ready, "\n".join(["It stays like this:", *self.screen.rows])
+
+    def wait_for(self, text: str) -> None:
+        """Wait until some row shows this."""
+        self.wait_until(lambda: any(text in row for row in self.screen.rows))
+
+    def shows(self, rows: list[str], cursor: tuple[int, int] | None = None) -> bool:
+        """Wait until this, and no more, is what the screen shows."""
+
+        def seen() -> bool:
+            in_place = cursor is None or self.screen.cursor == cursor
+            return self.screen.rows == rows and in_place
+
+        try:
+            self.wait_until(seen)
+        except AssertionError:
+            assert self.screen.rows == rows
+            assert self.screen.cursor == cursor
+        return True
+
+    def is_silent(self, seconds: float) -> bool:
+        """Tell whether the program writes nothing for so long."""
+        return not select.select([self._master], [], [], seconds)[0]
+
+    def modes(self) -> list[object]:
+        """Return the modes of the terminal, as stty shows them."""
+        return termios.tcgetattr(self._master)
+
+    def pid(self) -> int:
+        """Return the number of the process that runs in the foreground."""
+        return os.tcgetpgrp(self._master)
+
+    def status(self) -> int:
+        """Return the status that the shell sees, once the program stops or ends."""
+        self.wait_until(lambda: b"\n" in self._reports)
+        report, _, self._reports = self._reports.partition(b"\n")
+        return int(report)
+
+    def end(self) -> int:
+        """Return the exit status, once the program has ended and all of it is read.
+
+        It must have left the terminal as it was.
+        """
+        status = self.status()
+        assert self.modes() == self.modes_before
+        self.close()
+        return status
+
+    def close(self) -> None:
+        """Kill what still runs, read all that was written; again does nothing."""
+        if self._shell.stdin is None or self._shell.stdin.closed:
+            return
+        assert self._shell.stdout
+        assert self._shell.stderr
+        with self._shell.stdin, self._shell.stdout, self._shell.stderr:
+            if self._shell.poll() is None and self.pid() != self._shell.pid:
+                self._kill_job()
+            self._shell.stdin.close()  # the shell ends
+            while self._read():
+                pass
+            os.close(self._master)
+            self._shell.wait(HANG_SECONDS)
+            self.errors = self._shell.stderr.read().decode()
+
+    # --- inside ---------------------------------------------------------------------
+
+    def _wait(self, deadline: float) -> bool:
+        """Read what comes next, from the program or the shell; False if it is late."""
+        assert self._shell.stdout
+        reports = self._shell.stdout.fileno()
+        seconds = max(0.0, deadline - time.monotonic())
+        ready = select.select([self._master, reports], [], [], seconds)[0]
+        if self._master in ready:
+            self._read()
+        if reports in ready:
+            report = os.read(reports, 100)
+            self._reports += report
+            return report != b""
+        return ready != []
+
+    def _read(self) -> bool:
+        """Read from the program; False if no program has the terminal any more."""
+        select.select([self._master], [], [], HANG_SECONDS)
+        try:
+            chunk = os.read(self._master, 65536)
+        except OSError:  # EIO, on Linux
+            return False
+        text = self._decoder.decode(chunk)
+        self.output += text
+        self.screen.feed(text)
+        return chunk != b""
+
+    def _kill_job(self) -> None:
+        try:
+            os.killpg(self.pid(), signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has just ended

@@ -1,0 +1,1618 @@
+"""The real client, in pipes and on a terminal, with honest and other servers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers import (
+    HANG_SECONDS,
+    PROJECT,
+    SMALL_BUFFER,
+    LineReader,
+    Peer,
+    Room,
+    ServerProcess,
+    split_address,
+)
+from terminal import Terminal
+
+import client
+
+MENU = ["1. Join the chat", "q. Leave the chat", "2. Exit the program"]
+START = ["Connected to server.", *MENU]
+NAMED = ["Enter your choice: 1", "Enter your username: Alex"]
+JOINING = [*START, *NAMED, "Joining the chat as Alex..."]
+LEFT = ["Leaving the chat...", "Connection closed."]
+FULL = "The chat is full, please try again later."
+EXITED = ["Exiting the program.", "Connection closed."]
+
+ENTER, ESCAPE, BACKSPACE = "\r", "\x1b", "\x7f"
+CTRL_A, CTRL_C, CTRL_D, CTRL_L, CTRL_Z = "\x01", "\x03", "\x04", "\x0c", "\x1a"
+ARROW_UP, ARROW_DOWN = "\x1b[A", "\x1b[B"
+ARROW_RIGHT, ARROW_LEFT = "\x1b[C", "\x1b[D"
+
+
+# --- who takes part -----------------------------------------------------------------
+
+
+class Caller(Peer):
+    """A client that has called the test's own server."""
+
+    def __init__(self, accepted: socket.socket) -> None:
+        accepted.settimeout(HANG_SECONDS)
+        self.name = ""
+        self.socket = accepted
+        self._lines: deque[bytes] = deque()
+        self._tail = b""
+
+
+class Puppet:
+    """A server that does what the test says, and nothing else."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        # Accepted sockets inherit it: little is on its way unread.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+        self._listener.settimeout(HANG_SECONDS)
+        self._callers: list[Caller] = []
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def accept(self) -> Caller:
+        """Take the next connection."""
+        caller = Caller(self._listener.accept()[0])
+        self._callers.append(caller)
+        return caller
+
+    def welcome(self) -> Caller:
+        """Take the next connection, and whatever name comes first."""
+        caller = self.accept()
+        caller.name = caller.line()
+        caller.say(f"* Welcome, {caller.name}!")
+        return caller
+
+    def close(self) -> None:
+        """Take no more connections, and end those there are; again does nothing."""
+        self._listener.close()
+        for caller in self._callers:
+            caller.close()
+
+
+@pytest.fixture
+def puppet(no_leaks: None) -> Iterator[Puppet]:
+    """A server that does what the test says."""
+    server = Puppet()
+    yield server
+    server.close()
+
+
+PROGRAM = [str(PROJECT / "client.py")]
+
+
+def impatient(seconds: float) -> list[str]:
+    """Return the program, but that a server that hangs holds it up for less long."""
+    return [
+        "-c",
+        f"""
+import sys
+sys.path.insert(0, {str(PROJECT)!r})
+import client
+client.LEAVE_SECONDS = {seconds}
+sys.exit(client.client_program())
+""",
+    ]
+
+
+def command(address: str, program: list[str] = PROGRAM) -> list[str]:
+    """Return what starts the client."""
+    host, port = split_address(address)
+    return [sys.executable, *program, "--host", host, "--port", str(port)]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a person who has not set anything special."""
+    inherited = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    return {**inherited, "TERM": "xterm-256color", "PYTHONUTF8": "1", **variables}
+
+
+# --- the client in pipes ------------------------------------------------------------
+
+
+def run_client(address: str, typed: str | bytes) -> tuple[int, list[str]]:
+    """Run the client with this as its whole input; return exit status and output."""
+    run = subprocess.run(
+        command(address),
+        check=False,
+        env=environment(),
+        input=typed.encode() if isinstance(typed, str) else typed,
+        capture_output=True,
+        timeout=HANG_SECONDS,
+    )
+    assert run.stderr == b""
+    assert run.stdout.endswith(b"\n")
+    return run.returncode, run.stdout.decode().removesuffix("\n").split("\n")
+
+
+class PipedClient:
+    """A client in pipes, whose input comes bit by bit."""
+
+    def __init__(self, address: str, program: list[str] = PROGRAM) -> None:
+        self.process = subprocess.Popen(
+            command(address, program),
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stdout
+        self.output = LineReader(self.process.stdout.fileno())
+
+    def write(self, text: str) -> None:
+        """Write to its input."""
+        assert self.process.stdin
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def end(self) -> tuple[int, list[str]]:
+        """Return exit status and the rest of the output, once it has ended."""
+        rest = self.output.rest()
+        return self.process.wait(HANG_SECONDS), rest
+
+    def close(self) -> None:
+        """Kill it if it still runs; nothing may be on its stderr."""
+        self.process.kill()
+        with self.process:
+            assert self.process.stderr
+            errors = self.process.stderr.read()
+        assert errors == b""
+
+
+StartPiped = Callable[..., PipedClient]
+
+
+@pytest.fixture
+def start_piped(no_leaks: None) -> Iterator[StartPiped]:
+    """Start clients in pipes; on leaving they are killed."""
+    clients: list[PipedClient] = []
+
+    def start(address: str, program: list[str] = PROGRAM) -> PipedClient:
+        clients.append(PipedClient(address, program))
+        return clients[-1]
+
+    yield start
+    for piped in clients:
+        piped.close()
+
+
+def test_piped_session_reads_like_one_at_a_terminal(room: Room) -> None:
+    bob = room.member("Bob")
+
+    status, output = run_client(room.address, "1\nAlex\nHello everyone!\nq\n")
+
+    assert output == [
+        "Connected to server.",
+        "1. Join the chat",
+        "q. Leave the chat",
+        "2. Exit the program",
+        "Enter your choice: 1",
+        "Enter your username: Alex",
+        "Joining the chat as Alex...",
+        "* Welcome, Alex! Also online: Bob.",
+        "You: Hello everyone!",
+        "You: q",
+        "Leaving the chat...",
+        "Connection closed.",
+    ]
+    assert status == 0
+    assert bob.lines(3) == [
+        "* Alex has joined the chat.",
+        "Alex: Hello everyone!",
+        "* Alex has left the chat.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "answers", "goodbye"),
+    [
+        ("q\n", ["Enter your choice: q"], LEFT),
+        (" Q \n", ["Enter your choice:  Q "], LEFT),
+        ("2\n", ["Enter your choice: 2"], EXITED),
+        ("\t2 \n", ["Enter your choice:     2 "], EXITED),
+        ("q", ["Enter your choice: q"], LEFT),
+        ("", [], LEFT),
+        ("1\nq\n", ["Enter your choice: 1", "Enter your username: q"], LEFT),
+        (" 1\n Q\n", ["Enter your choice:  1", "Enter your username:  Q"], LEFT),
+        ("1\n", ["Enter your choice: 1"], LEFT),
+    ],
+)
+def test_leaving_before_the_chat_has_status_0(
+    room: Room, typed: str, answers: list[str], goodbye: list[str]
+) -> None:
+    status, output = run_client(room.address, typed)
+
+    assert output == [*START, *answers, *goodbye]
+    assert status == 0
+
+
+@pytest.mark.parametrize("other", ["3", "", "12", "join", "1 1", "ｑ"])
+def test_another_choice_gets_one_line_and_the_menu_again(
+    room: Room, other: str
+) -> None:
+    status, output = run_client(room.address, f"{other}\nq\n")
+
+    again = output.pop(len(START) + 1)
+    assert all(choice in again for choice in "1q2")
+    assert output == [
+        *START,
+        f"Enter your choice: {other}",
+        *MENU,
+        "Enter your choice: q",
+        *LEFT,
+    ]
+    assert status == 0
+
+
+@pytest.mark.parametrize("choice", ["q", "2"])
+def test_leaving_from_the_menu_has_status_0_when_the_server_is_gone(
+    puppet: Puppet, start_piped: StartPiped, choice: str
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.output.lines(len(START))
+    puppet.accept().reset()
+    puppet.close()
+
+    piped.write(f"{choice}\n")
+
+    goodbye = LEFT if choice == "q" else EXITED
+    assert piped.end() == (0, [f"Enter your choice: {choice}", *goodbye])
+
+
+def test_end_of_piped_input_leaves_and_all_is_delivered(room: Room) -> None:
+    bob = room.member("Bob")
+
+    status, output = run_client(room.address, "1\nAlex\nHello everyone!\n")
+
+    assert output[-3:] == ["You: Hello everyone!", *LEFT]
+    assert status == 0
+    assert bob.lines(3)[1:] == ["Alex: Hello everyone!", "* Alex has left the chat."]
+
+
+def test_last_piped_line_without_newline_counts(room: Room) -> None:
+    bob = room.member("Bob")
+
+    status, output = run_client(room.address, "1\nAlex\nHello")
+
+    assert output[-3:] == ["You: Hello", *LEFT]
+    assert status == 0
+    assert bob.lines(3)[1:] == ["Alex: Hello", "* Alex has left the chat."]
+
+
+@pytest.mark.parametrize("quit_line", ["q", "Q", " q "])
+def test_q_leaves_the_chat_and_nothing_after_it_is_sent(
+    room: Room, quit_line: str
+) -> None:
+    bob = room.member("Bob")
+
+    status, output = run_client(room.address, f"1\nAlex\n{quit_line}\nafter\n")
+
+    assert output[-3:] == [f"You: {quit_line}", *LEFT]
+    assert status == 0
+    assert bob.lines(2)[1:] == ["* Alex has left the chat."]
+
+
+def test_prompt_in_a_pipe_appears_only_with_its_answer(
+    room: Room, start_piped: StartPiped
+) -> None:
+    """So what others write stays on lines of its own."""
+    bob = room.member("Bob")
+    piped = start_piped(room.address)
+    piped.write("1\nAlex\n")
+    piped.output.until("* Welcome")
+
+    bob.say("Hi!")
+    assert piped.output.line() == "Bob: Hi!"
+    piped.write("Hello")
+    bob.say("Hi?")
+    assert piped.output.line() == "Bob: Hi?"
+    piped.write(" Bob!\nq\n")
+
+    assert piped.end() == (0, ["You: Hello Bob!", "You: q", *LEFT])
+
+
+def test_piped_lines_reach_a_server_that_reads_slowly(
+    puppet: Puppet, start_piped: StartPiped, tmp_path: Path
+) -> None:
+    said = [f"line {number} {'x' * 1000}" for number in range(8000)]
+    everything = tmp_path / "everything"
+    everything.write_text("\n".join(["1", "Alex", *said, ""]))
+    with everything.open() as keyboard, (tmp_path / "out").open("w") as screen:
+        process = subprocess.Popen(
+            command(puppet.address), env=environment(), stdin=keyboard, stdout=screen
+        )
+    caller = puppet.welcome()
+
+    heard = caller.rest()
+
+    caller.close()
+    assert process.wait(HANG_SECONDS) == 0
+    assert heard == said
+
+
+def test_piped_client_stays_until_the_server_has_had_its_say(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    """Closing earlier could reset the connection, and cost the server lines unread."""
+    piped = start_piped(puppet.address, impatient(0.0))
+    piped.write("1\nAlex\nHello everyone!\nq\n")
+    caller = puppet.welcome()
+    piped.output.until("Leaving the chat...")
+    assert caller.rest() == ["Hello everyone!", "q"]
+
+    with pytest.raises(subprocess.TimeoutExpired):
+        piped.process.wait(0.2)
+    caller.say("* Still here.")
+    caller.close()
+
+    assert piped.end() == (0, ["* Still here.", "Connection closed."])
+
+
+def test_interrupted_piped_client_leaves_with_status_130(
+    room: Room, start_piped: StartPiped
+) -> None:
+    bob = room.member("Bob")
+    piped = start_piped(room.address)
+    piped.write("1\nAlex\n")
+    piped.output.until("* Welcome")
+
+    piped.process.send_signal(signal.SIGINT)
+
+    assert piped.end() == (130, LEFT)
+    assert bob.lines(2)[1:] == ["* Alex has left the chat."]
+
+
+@pytest.mark.parametrize("moment", ["Enter your choice", "Joining", "* Welcome"])
+def test_two_interrupts_at_once_end_a_piped_client_as_one_does(
+    room: Room, start_piped: StartPiped, moment: str
+) -> None:
+    """Neither a traceback nor a receiver that nobody wakes, wherever they come."""
+    piped = start_piped(room.address)
+    piped.write("1\nAlex\n")
+    piped.output.until(moment)
+
+    piped.process.send_signal(signal.SIGINT)
+    piped.process.send_signal(signal.SIGINT)
+
+    status, output = piped.end()
+    assert status == 130
+    assert output[-2:] == LEFT
+
+
+def test_piped_client_ends_by_itself_when_the_server_does(
+    room: Room, start_piped: StartPiped
+) -> None:
+    piped = start_piped(room.address)
+    piped.write("1\nAlex\n")
+    piped.output.until("* Welcome")
+
+    room.stop()
+
+    assert piped.end() == (
+        1,
+        [
+            "* Server is shutting down.",
+            "Connection lost: the server closed the connection.",
+        ],
+    )
+
+
+def test_refused_lines_do_not_touch_the_lines_around_them(room: Room) -> None:
+    """What is not UTF-8, and what is too long, however long."""
+    bob = room.member("Bob")
+    refused = [b"\xff\xfe", b"x" * 4097, b"x" * 1_000_000, b"\xc3"]
+    typed = b"\n".join([b"1", b"Alex", b"before", *refused, b"after", b"q"])
+
+    status, output = run_client(room.address, typed)
+
+    assert status == 0
+    assert bob.lines(3)[1:] == ["Alex: before", "Alex: after"]
+    refusals = sorted(line for line in output if line.startswith("!"))
+    assert refusals == [
+        *["! That line is longer than 4096 bytes."] * 2,
+        *["! That line is not UTF-8."] * 2,
+    ]
+
+
+# --- names, and servers that end a connection ---------------------------------------
+
+
+def test_refused_name_gets_the_reason_and_is_asked_for_again(room: Room) -> None:
+    room.member("Bob")
+
+    status, output = run_client(room.address, "1\nBob\n\n\tAlex \nq\n")
+
+    assert status == 0
+    blank = output.pop(9)
+    assert "name" in blank
+    assert output == [
+        *START,
+        "Enter your choice: 1",
+        "Enter your username: Bob",
+        "Joining the chat as Bob...",
+        "! The name Bob is taken.",
+        "Enter your username: ",
+        "Enter your username:     Alex ",
+        "Joining the chat as Alex...",
+        "* Welcome, Alex! Also online: Bob.",
+        "You: q",
+        *LEFT,
+    ]
+
+
+def test_client_connects_again_after_the_last_refused_name(room: Room) -> None:
+    """The server closes the connection after five."""
+    status, output = run_client(room.address, "1\n" + "?\n" * 5 + "Alex\nq\n")
+
+    assert status == 0
+    assert sum(line.startswith("! ") for line in output) == 5
+    assert output[-4:] == ["* Welcome, Alex! Also online: nobody yet.", "You: q", *LEFT]
+
+
+def end_quietly(caller: Caller) -> None:
+    """End a connection with a FIN."""
+    caller.close()
+
+
+def end_with_a_reset(caller: Caller) -> None:
+    """End a connection with a RST."""
+    caller.reset()
+
+
+def end_with_a_reason(caller: Caller) -> None:
+    """End a connection as the server does when nobody joins."""
+    caller.say("! You have not joined within 120 seconds.")
+    caller.close()
+
+
+ENDINGS = pytest.mark.parametrize(
+    "end", [end_quietly, end_with_a_reset, end_with_a_reason]
+)
+
+
+@ENDINGS
+def test_connection_that_ended_at_the_menu_is_made_again(
+    puppet: Puppet, start_piped: StartPiped, end: Callable[[Caller], None]
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.output.lines(len(START))
+    end(puppet.accept())
+
+    piped.write("1\nAlex\nHello\nq\n")
+
+    caller = puppet.welcome()
+    assert caller.name == "Alex"
+    assert caller.lines(2) == ["Hello", "q"]
+    caller.close()
+    welcome = "* Welcome, Alex!"
+    assert sorted(piped.end()[1]) == sorted(
+        [*NAMED, JOINING[-1], welcome, "You: Hello", "You: q", *LEFT]
+    )
+
+
+@ENDINGS
+def test_server_that_cannot_be_reached_again_from_the_menu_ends_the_client(
+    puppet: Puppet, start_piped: StartPiped, end: Callable[[Caller], None]
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.output.lines(len(START))
+    end(puppet.accept())
+    puppet.close()
+
+    piped.write("1\n")
+
+    lost = "Connection lost: Connection refused."
+    assert piped.end() == (1, ["Enter your choice: 1", lost])
+
+
+def test_full_server_says_so_once_1_was_chosen(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address)
+    assert piped.output.lines(len(START)) == START
+    caller = puppet.accept()
+    caller.say(f"! {FULL}")
+    caller.close()
+
+    piped.write("1\n")
+
+    assert piped.end() == (1, ["Enter your choice: 1", f"! {FULL}"])
+
+
+def test_refused_name_with_full_in_it_is_asked_for_again(
+    start_room: Callable[..., Room],
+) -> None:
+    room = start_room()
+    room.member("Full")
+
+    status, output = run_client(room.address, "1\nfull\nAlex\nq\n")
+
+    assert status == 0
+    assert "! The name full is taken." in output
+    assert "Joining the chat as Alex..." in output
+
+
+def test_real_server_that_is_full_ends_the_client(
+    start_room: Callable[..., Room],
+) -> None:
+    room = start_room(max_clients=1)
+    room.member("Bob")
+
+    status, output = run_client(room.address, "1\nAlex\nHello\n")
+
+    assert status == 1
+    assert output[-1] == f"! {FULL}"
+
+
+@pytest.mark.parametrize("choice", ["q", "2"])
+def test_leaving_from_the_menu_of_a_full_server_has_status_0(
+    start_room: Callable[..., Room], choice: str
+) -> None:
+    room = start_room(max_clients=1)
+    room.member("Bob")
+
+    status, output = run_client(room.address, f"{choice}\n")
+
+    assert status == 0
+    goodbye = LEFT if choice == "q" else EXITED
+    assert output == [*START, f"Enter your choice: {choice}", *goodbye]
+
+
+# --- what servers send --------------------------------------------------------------
+
+
+@pytest.fixture
+def joined(puppet: Puppet, start_piped: StartPiped) -> tuple[Caller, PipedClient]:
+    """A client in pipes that has joined, and the server's end of its connection."""
+    piped = start_piped(puppet.address)
+    piped.write("1\nAlex\n")
+    caller = puppet.welcome()
+    piped.output.until("* Welcome")
+    return caller, piped
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (b"Bob: \x1b[2J\x1b]0;title\x07Hi", "Bob: \ufffd[2J\ufffd]0;title\ufffdHi"),
+        (b"B\x1bob: \xc2\x9b31m\x7f\b", "B\ufffdob: \ufffd31m\ufffd\ufffd"),
+        (b"* \x1b[31mred\x1b[m", "* \ufffd[31mred\ufffd[m"),
+        (b"! \x1bc", "! \ufffdc"),
+        (b"\x1bc", "\ufffdc"),
+        (b"Bob: a\rb", "Bob: a\ufffdb"),
+        (b"Bob: a\tb", "Bob: a    b"),
+        ("Bob: \u202eiH\u2028".encode(), "Bob: \ufffdiH\ufffd"),
+        (b"Bob: \xff\xc3", "Bob: \ufffd\ufffd"),
+        ("Bob: 👩\u200d👩\u200d👧 é ｑ".encode(), "Bob: 👩\u200d👩\u200d👧 é ｑ"),
+        (b"", ""),
+        (b"neither a notice nor a message", "neither a notice nor a message"),
+    ],
+)
+def test_line_from_the_server_is_cleaned_before_it_is_shown(
+    joined: tuple[Caller, PipedClient], line: bytes, shown: str
+) -> None:
+    caller, piped = joined
+
+    caller.send(line + b"\n")
+
+    assert piped.output.line() == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("x" * 32_762, "x" * 32_762),
+        ("x" * 32_763, "x" * 32_763),
+        ("x" * 32_763 + "\r", "x" * 32_763),
+        ("x" * 32_764, "x" * 32_763 + "…"),
+        ("x" * 32_764 + "\r", "x" * 32_763 + "…"),
+        ("é" * 16_382, "é" * 16_381 + "…"),
+        ("x" * 3_000_000, "x" * 32_763 + "…"),
+    ],
+    ids=["below", "at", "at, CR LF", "above", "above, CR LF", "in a character", "far"],
+)
+def test_line_from_the_server_is_cut_at_32_kibibytes(
+    joined: tuple[Caller, PipedClient], text: str, shown: str
+) -> None:
+    caller, piped = joined
+
+    caller.send(f"Bob: {text}\nBob: next\n")
+
+    assert piped.output.lines(2) == [f"Bob: {shown}", "Bob: next"]
+
+
+def test_beginning_of_an_endless_line_is_shown_before_its_end(
+    joined: tuple[Caller, PipedClient],
+) -> None:
+    caller, piped = joined
+
+    caller.send("x" * 40_000)
+
+    assert piped.output.line() == "x" * 32_768 + "…"
+
+
+def test_lines_in_pieces_are_shown_whole(joined: tuple[Caller, PipedClient]) -> None:
+    caller, piped = joined
+
+    caller.send(b"Bob: one\nBob: t")
+    first = piped.output.line()
+    caller.send(b"wo \xe2\x82")
+    caller.send(b"\xac\r\n")
+
+    assert [first, piped.output.line()] == ["Bob: one", "Bob: two €"]
+
+
+def test_lines_right_behind_the_welcome_are_shown(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.write("1\nAlex\n")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+
+    caller.send("* Welcome!\n* Bob has joined the chat.\nBob: Hi!\nBob: H")
+
+    piped.output.until("* Welcome!")
+    assert piped.output.lines(2) == ["* Bob has joined the chat.", "Bob: Hi!"]
+
+
+# --- the start ----------------------------------------------------------------------
+
+
+def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `python client.py` to its end, for a start that fails."""
+    return subprocess.run(
+        [sys.executable, *PROGRAM, *arguments],
+        check=False,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+
+
+def test_no_server_is_one_line_that_says_where_and_why() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # nobody else has the port, and nobody listens
+        port = str(bound.getsockname()[1])
+
+        run = run_program("--port", port)
+
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.count("\n") == 1
+    for part in "127.0.0.1", port, "Connection refused":
+        assert part in run.stderr
+
+
+def test_impossible_host_is_one_line_that_says_so() -> None:
+    host = "x" * 64  # longer than a label may be, so that nobody asks the network
+
+    run = run_program("--host", host)
+
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.count("\n") == 1
+    assert host in run.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--port", "0"],
+        ["--port", "65536"],
+        ["--port", "http"],
+        ["--port"],
+        ["--por", "12345"],
+        ["--name", "Alex"],
+        ["localhost"],
+    ],
+)
+def test_bad_flag_is_one_line_and_status_2(arguments: list[str]) -> None:
+    run = run_program(*arguments)
+
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.count("\n") == 1
+    assert "--help" in run.stderr
+
+
+def test_help_explains_every_flag_with_its_default() -> None:
+    run = run_program("--help")
+
+    assert (run.returncode, run.stderr) == (0, "")
+    explained = " ".join(run.stdout.split())
+    for part in (
+        "--host",
+        "default: 127.0.0.1",
+        "--port",
+        "1 to 65535",
+        "default: 12345",
+    ):
+        assert part in explained
+
+
+def test_client_reaches_an_ipv6_address(start_room: Callable[..., Room]) -> None:
+    try:
+        room = start_room("::1")
+    except OSError:
+        pytest.skip("no IPv6 here")
+
+    status, output = run_client(room.address, "1\nAlex\nq\n")
+
+    assert status == 0
+    assert "* Welcome, Alex! Also online: nobody yet." in output
+
+
+# --- the client on a terminal -------------------------------------------------------
+
+StartTerminal = Callable[..., Terminal]
+Chat = Callable[..., tuple[Terminal, Peer]]
+
+
+@pytest.fixture
+def start_terminal(no_leaks: None) -> Iterator[StartTerminal]:
+    """Start clients on terminals; on leaving they are killed.
+
+    Whatever happens to them, nothing may appear on their stderr.
+    """
+    terminals: list[Terminal] = []
+
+    def start(
+        address: str,
+        program: list[str] = PROGRAM,
+        *,
+        shell: str = "",
+        columns: int = 80,
+        rows: int = 24,
+        **variables: str,
+    ) -> Terminal:
+        wrapper = ["sh", "-c", shell, "sh"] if shell else []
+        terminal = Terminal(
+            [*wrapper, *command(address, program)],
+            environment(**variables),
+            columns=columns,
+            rows=rows,
+        )
+        terminals.append(terminal)
+        return terminal
+
+    yield start
+    for terminal in terminals:
+        terminal.close()
+    assert [terminal.errors for terminal in terminals] == [""] * len(terminals)
+
+
+def go_to(place: str, alex: Terminal) -> None:
+    """Go to the menu, to the name, or into the chat."""
+    alex.wait_for("Enter your choice:")
+    if place != "menu":
+        alex.type(f"1{ENTER}")
+        alex.wait_for("Enter your username:")
+    if place == "chat":
+        alex.type(f"Alex{ENTER}")
+        alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
+
+
+@pytest.fixture
+def chat(room: Room, start_terminal: StartTerminal) -> Chat:
+    """Let Alex join on a terminal, with a clear screen, and Bob without one."""
+
+    def start(**options: int | str) -> tuple[Terminal, Peer]:
+        bob = room.member("Bob")
+        alex = start_terminal(room.address, **options)
+        go_to("chat", alex)
+        assert bob.line() == "* Alex has joined the chat."
+        alex.type(CTRL_L)
+        assert alex.shows(["You:"], cursor=(0, 5))
+        alex.screen.scrolled_off.clear()
+        return alex, bob
+
+    return start
+
+
+def test_session_at_a_terminal(room: Room, start_terminal: StartTerminal) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address)
+    alex.wait_for("Enter your choice:")
+    alex.type("1\r")
+    alex.wait_for("Enter your username:")
+    alex.type("Alex\r")
+    alex.wait_for("You:")
+    alex.type("Hello everyone!\r")
+    assert bob.lines(2)[1:] == ["Alex: Hello everyone!"]
+    bob.say("Hi Alex!")
+    alex.wait_for("Hi Alex!")
+
+    alex.type("q\r")
+
+    assert alex.end() == 0
+    assert alex.screen.rows == [
+        "Connected to server.",
+        "1. Join the chat",
+        "q. Leave the chat",
+        "2. Exit the program",
+        "Enter your choice: 1",
+        "Enter your username: Alex",
+        "Joining the chat as Alex...",
+        "* Welcome, Alex! Also online: Bob.",
+        "You: Hello everyone!",
+        "Bob: Hi Alex!",
+        "You: q",
+        "Leaving the chat...",
+        "Connection closed.",
+        "",
+    ]
+    assert bob.line() == "* Alex has left the chat."
+
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+FIRST_ROW = "You: abcdefghijklmno"
+ON_SCREEN = pytest.mark.parametrize(
+    ("typed", "keys", "rows", "cursor"),
+    [
+        ("hello", "", ["You: hello"], (0, 10)),
+        ("hello", ARROW_LEFT * 2, ["You: hello"], (0, 8)),
+        ("", "", ["You:"], (0, 5)),
+        ("日本語", ARROW_LEFT, ["You: 日本語"], (0, 9)),
+        ("e\u0301a\u0308o", ARROW_LEFT * 2, ["You: e\u0301a\u0308o"], (0, 6)),
+        (ALPHABET, "", [FIRST_ROW, "pqrstuvwxyz"], (1, 11)),
+        (ALPHABET, ARROW_LEFT * 10, [FIRST_ROW, "pqrstuvwxyz"], (1, 1)),
+        (ALPHABET, ARROW_LEFT * 11, [FIRST_ROW, "pqrstuvwxyz"], (1, 0)),
+        (ALPHABET, ARROW_LEFT * 12, [FIRST_ROW, "pqrstuvwxyz"], (0, 19)),
+        (
+            ALPHABET * 2,
+            ARROW_LEFT * 30,
+            [FIRST_ROW, "pqrstuvwxyzabcdefghi", "jklmnopqrstuvwxyz"],
+            (1, 7),
+        ),
+        (ALPHABET[:15], "", [FIRST_ROW, ""], (1, 0)),
+        (ALPHABET[:15], ARROW_LEFT, [FIRST_ROW], (0, 19)),
+        (ALPHABET + "012345678", "", [FIRST_ROW, "pqrstuvwxyz012345678", ""], (2, 0)),
+        (ALPHABET[:14] + "日", "", ["You: abcdefghijklmn", "日"], (1, 2)),
+        (ALPHABET[:14] + "日", ARROW_LEFT, ["You: abcdefghijklmn", "日"], (1, 0)),
+        (
+            ALPHABET[:14] + "e\u0301",
+            "",
+            ["You: abcdefghijklmne\u0301", ""],
+            (1, 0),
+        ),
+        (
+            "日本語" * 5,
+            ARROW_LEFT * 8,
+            ["You: 日本語日本語日", "本語日本語日本語"],
+            (1, 0),
+        ),
+    ],
+    ids=[
+        "cursor at the end",
+        "cursor in the middle",
+        "nothing",
+        "wide",
+        "combining",
+        "two rows",
+        "two rows, cursor in the second",
+        "two rows, cursor at the margin",
+        "two rows, cursor in the first",
+        "three rows",
+        "a full row",
+        "a full row, cursor in it",
+        "two full rows",
+        "wide at the margin",
+        "wide at the margin, cursor on it",
+        "combining at the margin",
+        "two rows, wide",
+    ],
+)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["above", "at the bottom"])
+@ON_SCREEN
+def test_lines_of_others_appear_above_the_line_being_typed(
+    chat: Chat,
+    typed: str,
+    keys: str,
+    rows: list[str],
+    cursor: tuple[int, int],
+    full: bool,
+) -> None:
+    alex, bob = chat(columns=20, rows=10)
+    earlier = [f"Bob: {number}" for number in range(12 if full else 0)]
+    for line in earlier:
+        bob.say(line.removeprefix("Bob: "))
+    alex.wait_until(lambda: alex.screen.everything == [*earlier, "You:"])
+    alex.type(typed + keys)
+    alex.wait_until(lambda: alex.screen.everything == [*earlier, *rows])
+
+    bob.say("hi")
+    bob.say("this is longer than a row")
+    bob.say("日本語日本語日")
+
+    others = ["Bob: hi", "Bob: this is longer", "than a row", "Bob: 日本語日本語日"]
+    above = [*earlier, *others]
+    row = len(above) + cursor[0]
+    alex.wait_until(lambda: alex.screen.everything == [*above, *rows])
+    alex.wait_until(lambda: alex.screen.cursor_in_everything == (row, cursor[1]))
+    if typed:
+        alex.type(ENTER)
+        assert bob.line() == f"Alex: {typed}"
+        sent = [*above, *filter(None, rows), "You:"]
+        alex.wait_until(lambda: alex.screen.everything == sent)
+
+
+def folded(text: str, columns: int) -> list[str]:
+    """Return the rows that a line of narrow characters fills."""
+    return [text[start : start + columns] for start in range(0, len(text), columns)]
+
+
+def test_line_taller_than_the_screen_is_sent_and_shown_once(chat: Chat) -> None:
+    alex, bob = chat(columns=20, rows=10)
+    typed = " ".join(f"word{number}" for number in range(60))
+    rows = folded(f"You: {typed}", 20)
+    assert len(rows) > 20
+
+    alex.type(typed)
+    alex.wait_until(lambda: alex.screen.rows[-1] == rows[-1])
+    bob.say("hi")
+    alex.wait_until(lambda: "Bob: hi" in alex.screen.everything)
+    alex.type(CTRL_A)
+    alex.wait_until(lambda: alex.screen.cursor[1] == 5)
+    first_rows = alex.screen.rows
+    bob.say("ho")
+    alex.wait_until(lambda: "Bob: ho" in alex.screen.everything)
+    alex.type(ENTER)
+
+    assert bob.line() == f"Alex: {typed}"
+    assert first_rows[-9:] == [row.rstrip() for row in rows[:9]]
+    shown = ["Bob: hi", "Bob: ho", *[row.rstrip() for row in rows], "You:"]
+    alex.wait_until(lambda: alex.screen.everything == shown)
+
+
+def test_line_can_be_changed_in_the_middle_of_its_rows(chat: Chat) -> None:
+    alex, bob = chat(columns=20, rows=10)
+    alex.type(ALPHABET + ARROW_LEFT * 20)
+    assert alex.shows([FIRST_ROW, "pqrstuvwxyz"], cursor=(0, 11))
+
+    alex.type("0123456789" * 2)
+    grown = ["You: abcdef012345678", "90123456789ghijklmno", "pqrstuvwxyz"]
+    assert alex.shows(grown, cursor=(1, 11))
+    alex.type(BACKSPACE * 24)
+
+    assert alex.shows(["You: abghijklmnopqrs", "tuvwxyz"], cursor=(0, 7))
+    alex.type(ENTER)
+    assert bob.line() == "Alex: abghijklmnopqrstuvwxyz"
+    assert alex.shows(["You: abghijklmnopqrs", "tuvwxyz", "You:"])
+
+
+# --- editing ------------------------------------------------------------------------
+
+
+class Typist:
+    """Someone in the chat who types a line, and someone else who reads it."""
+
+    def __init__(self) -> None:
+        self._room = Room(lines_per_second=0)
+        self._reader = self._room.member("Bob")
+        self._alex = Terminal(command(self._room.address), environment())
+        go_to("chat", self._alex)
+        self._reader.line()
+
+    def sends(self, keys: str | bytes) -> str:
+        """Type keys and Enter; return the message that arrives."""
+        self._alex.type(keys)
+        self._alex.type(ENTER)
+        return self._reader.line().removeprefix("Alex: ")
+
+    def close(self) -> None:
+        """Leave."""
+        self._alex.close()
+        self._room.close_peers()
+        self._room.stop()
+        assert self._alex.errors == ""
+
+
+@pytest.fixture(scope="module")
+def typist() -> Iterator[Typist]:
+    """One for all of these tests, each of which ends its line."""
+    someone = Typist()
+    yield someone
+    someone.close()
+
+
+LEFT_KEYS = [ARROW_LEFT, "\x1bOD", "\x02"]
+RIGHT_KEYS = [ARROW_RIGHT, "\x1bOC", "\x06"]
+HOME_KEYS = ["\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~", CTRL_A]
+END_KEYS = ["\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~", "\x05"]
+DELETE_KEYS = ["\x1b[3~", CTRL_D]
+BACKSPACE_KEYS = [BACKSPACE, "\x08"]
+CTRL_K, CTRL_U, CTRL_W = "\x0b", "\x15", "\x17"
+WORD_LEFT_KEYS = ["\x1bb", "\x1b[1;5D", "\x1b[1;3D"]
+WORD_RIGHT_KEYS = ["\x1bf", "\x1b[1;5C", "\x1b[1;3C"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        *[(f"ac{left}b", "abc") for left in LEFT_KEYS],
+        *[(f"bc{left * 5}a", "abc") for left in LEFT_KEYS],
+        *[(f"ac{ARROW_LEFT * 2}{right}b", "abc") for right in RIGHT_KEYS],
+        *[(f"ab{ARROW_LEFT}{right * 5}c", "abc") for right in RIGHT_KEYS],
+        *[(f"bc{home}a", "abc") for home in HOME_KEYS],
+        *[(f"ab{CTRL_A}{end}c", "abc") for end in END_KEYS],
+        *[(f"axb{ARROW_LEFT * 2}{delete}", "ab") for delete in DELETE_KEYS],
+        *[(f"ab{delete}c", "abc") for delete in DELETE_KEYS],
+        *[(f"abx{backspace}c", "abc") for backspace in BACKSPACE_KEYS],
+        *[(f"axb{ARROW_LEFT}{backspace}", "ab") for backspace in BACKSPACE_KEYS],
+        *[(f"ab{CTRL_A}{backspace}c", "cab") for backspace in BACKSPACE_KEYS],
+        (f"abcdef{ARROW_LEFT * 3}{CTRL_K}", "abc"),
+        (f"abcdef{ARROW_LEFT * 3}{CTRL_U}", "def"),
+        (f"one two-three  {CTRL_W}", "one "),
+        (f"one two{ARROW_LEFT}{CTRL_W}", "one o"),
+        (f"ab{CTRL_L}c", "abc"),
+        *[(f"one two{word}x", "one xtwo") for word in WORD_LEFT_KEYS],
+        *[(f"one, two{word * 2}x", "xone, two") for word in WORD_LEFT_KEYS],
+        *[(f"one two{CTRL_A}{word}x", "onex two") for word in WORD_RIGHT_KEYS],
+        *[(f"one, two{CTRL_A}{word * 2}x", "one, twox") for word in WORD_RIGHT_KEYS],
+        (f"one two-three{ESCAPE}{BACKSPACE}x", "one two-x"),
+        (f"one two{CTRL_A}{ESCAPE}dx", "x two"),
+        (f"日本x語{ARROW_LEFT}{BACKSPACE}", "日本語"),
+        (f"ae\u0301{BACKSPACE}b", "ab"),
+        (f"ae\u0301{ARROW_LEFT}b", "abe\u0301"),
+        (f"e\u0301a{CTRL_A}{ARROW_RIGHT}b", "e\u0301ba"),
+        (f"e\u0301a{CTRL_A}\x1b[3~", "a"),
+        ("a\tb", "a    b"),
+        ("a\x1b[15~b\x1b[200~c\x1bOPd", "abcd"),
+        ("a\x00\x07\x1db", "ab"),
+        ("1", "1"),
+        ("2", "2"),
+        (" spaces  stay ", " spaces  stay "),
+        (b"not \xff UTF-8", "not \ufffd UTF-8"),
+        ("zero \u200b width \U0001f469\u200d\U0001f467", None),
+    ],
+    ids=ascii,
+)
+def test_editing_keys(typist: Typist, keys: str | bytes, text: str | None) -> None:
+    assert typist.sends(keys) == (keys if text is None else text)
+
+
+def test_key_that_comes_in_pieces_is_one_key(chat: Chat) -> None:
+    alex, bob = chat()
+    alex.type("日b\x1b")
+    alex.wait_for("You: 日b")
+
+    alex.type("[")
+    alex.type("1;5")
+    alex.type(f"Dx{ENTER}")
+
+    assert bob.line() == "Alex: x日b"
+
+
+def test_ctrl_l_clears_the_screen_and_keeps_the_line(chat: Chat) -> None:
+    alex, bob = chat()
+    bob.say("hi")
+    alex.type(f"hello{ARROW_LEFT * 2}")
+    assert alex.shows(["Bob: hi", "You: hello"], cursor=(1, 8))
+
+    alex.type(CTRL_L)
+
+    assert alex.shows(["You: hello"], cursor=(0, 8))
+
+
+def test_up_and_down_go_through_the_messages(chat: Chat) -> None:
+    alex, bob = chat()
+    for text in "one", "two", "three":
+        alex.type(f"{text}{ENTER}")
+        assert bob.line() == f"Alex: {text}"
+
+    alex.type(f"half{ARROW_UP * 2}")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You: two")
+    alex.type(ARROW_UP * 5)
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You: one")
+    alex.type(f"{ARROW_DOWN} again{ENTER}")
+    assert bob.line() == "Alex: two again"
+    alex.type(f"half{ARROW_UP}{ARROW_DOWN * 3} a line{ENTER}")
+
+    assert bob.line() == "Alex: half a line"
+
+
+def test_menu_answers_and_names_are_not_among_the_messages(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address)
+    go_to("menu", alex)
+    alex.type(f"x{ENTER}")
+    alex.type(f"{ARROW_UP}1{ENTER}")
+    alex.wait_for("Enter your username:")
+    alex.type(f"{ARROW_UP}Alex{ENTER}")
+    alex.wait_for("You:")
+
+    alex.type(f"{ARROW_UP * 3}hello{ENTER}")
+
+    assert bob.lines(2) == ["* Alex has joined the chat.", "Alex: hello"]
+
+
+def test_paste_of_many_lines_sends_them_all_in_order(chat: Chat) -> None:
+    alex, bob = chat()
+    lines = [f"line {number} of the paste: ä日{'x' * 100}" for number in range(30)]
+
+    alex.type("".join(f"{line}{ENTER}" for line in lines))
+
+    assert bob.lines(30) == [f"Alex: {line}" for line in lines]
+    alex.type(f"q{ENTER}")
+    assert alex.end() == 0
+
+
+def test_whole_session_can_be_pasted(room: Room, start_terminal: StartTerminal) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address)
+    alex.wait_for("Enter your choice:")
+
+    alex.type("1\rAlex\rone\rtwo\rq\r")
+
+    assert alex.end() == 0
+    assert bob.lines(4) == [
+        "* Alex has joined the chat.",
+        "Alex: one",
+        "Alex: two",
+        "* Alex has left the chat.",
+    ]
+
+
+def test_ctrl_z_and_fg_keep_what_was_typed(chat: Chat) -> None:
+    alex, bob = chat()
+    alex.type(f"half a line{ARROW_LEFT * 4}")
+    assert alex.shows(["You: half a line"], cursor=(0, 12))
+
+    alex.type(CTRL_Z)
+    assert alex.status() == 128 + signal.SIGTSTP
+    assert alex.modes() == alex.modes_before
+    bob.say("still there?")
+    alex.resume()
+
+    alex.wait_for("Bob: still there?")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You: half a line")
+    assert alex.screen.cursor[1] == 12
+    alex.type(f"of {ENTER}")
+    assert bob.line() == "Alex: half a of line"
+    alex.type(f"q{ENTER}")
+    assert alex.end() == 0
+
+
+def test_ctrl_z_and_fg_at_the_name_keep_what_was_typed(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address)
+    go_to("name", alex)
+    alex.type("Al")
+    alex.wait_for("username: Al")
+
+    for _ in range(2):
+        alex.type(CTRL_Z)
+        assert alex.status() == 128 + signal.SIGTSTP
+        assert alex.modes() == alex.modes_before
+        alex.resume()
+        alex.wait_until(lambda: alex.modes() != alex.modes_before)
+    alex.type(f"ex{ENTER}")
+
+    assert bob.line() == "* Alex has joined the chat."
+
+
+def test_change_of_the_windows_size_keeps_what_was_typed(chat: Chat) -> None:
+    alex, bob = chat(columns=60)
+    alex.type(f"{ALPHABET}{ARROW_LEFT * 3}")
+    assert alex.shows([f"You: {ALPHABET}"], cursor=(0, 28))
+
+    alex.resize(20, 10)
+    assert alex.shows([FIRST_ROW, "pqrstuvwxyz"], cursor=(1, 8))
+    bob.say("hi")
+    assert alex.shows(["Bob: hi", FIRST_ROW, "pqrstuvwxyz"], cursor=(2, 8))
+    alex.resize(80, 24)
+    assert alex.shows(["Bob: hi", f"You: {ALPHABET}"], cursor=(1, 28))
+    alex.type(f"-{ENTER}")
+
+    assert bob.line() == "Alex: abcdefghijklmnopqrstuvw-xyz"
+    assert alex.shows(["Bob: hi", "You: abcdefghijklmnopqrstuvw-xyz", "You:"])
+
+
+# --- colours, and terminals without them --------------------------------------------
+
+COLOURED = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def test_names_have_colours_and_notices_are_dim(chat: Chat) -> None:
+    alex, bob = chat()
+
+    bob.say("hi")
+    bob.say("Bob: is my name")
+    alex.wait_for("is my name")
+    bob.say("q")
+    alex.wait_for("* Bob has left the chat.")
+
+    (colour,) = alex.screen.styles("Bob")
+    assert colour not in ("", "0", "2", "31")
+    assert alex.screen.styles(": hi") == {""}
+    assert alex.screen.styles("Bob: is my name") <= {colour, ""}
+    assert alex.screen.styles(": is my name") == {""}
+    assert alex.screen.styles("* Bob has left the chat.") == {"2"}
+    assert alex.screen.styles("You:") == {""}
+
+
+def test_refusals_are_red(chat: Chat) -> None:
+    alex, _ = chat()
+    refusal = "! That line is longer than 4096 bytes."
+
+    alex.type("x" * 4097 + ENTER)
+
+    alex.wait_for(refusal)
+    assert alex.screen.styles(refusal) == {"31"}
+
+
+def test_refused_name_is_red(room: Room, start_terminal: StartTerminal) -> None:
+    room.member("Bob")
+    alex = start_terminal(room.address)
+    go_to("name", alex)
+
+    alex.type(f"Bob{ENTER}")
+
+    alex.wait_for("! The name Bob is taken.")
+    assert alex.screen.styles("! The name Bob is taken.") == {"31"}
+
+
+def test_no_color_means_no_colours_and_the_rest_stays(chat: Chat) -> None:
+    alex, bob = chat(NO_COLOR="1")
+    alex.type(f"hello{ARROW_LEFT * 2}")
+
+    bob.say("hi")
+
+    assert alex.shows(["Bob: hi", "You: hello"], cursor=(1, 8))
+    assert not COLOURED.search(alex.output)
+
+
+def test_dumb_terminal_gets_plain_lines(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address, TERM="dumb")
+    go_to("chat", alex)
+
+    bob.say("Hi Alex!")
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["Bob: Hi Alex!", "You:"])
+    alex.type(f"Hello!{ENTER}")
+    assert bob.lines(2)[1:] == ["Alex: Hello!"]
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["You: Hello!", "You:"])
+    alex.type(f"q{ENTER}")
+
+    assert alex.end() == 0
+    assert ESCAPE not in alex.output
+    assert alex.screen.rows == [
+        *JOINING,
+        "* Welcome, Alex! Also online: Bob.",
+        "You:",
+        "Bob: Hi Alex!",
+        "You: Hello!",
+        "You: q",
+        *LEFT,
+        "",
+    ]
+
+
+def test_no_escape_sequence_if_only_stdin_is_a_terminal(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(room.address, shell='"$@" | cat')
+    alex.wait_for(MENU[-1])
+
+    alex.type(f"1{ENTER}Alex{ENTER}q{ENTER}")
+
+    alex.wait_for("Connection closed.")
+    assert alex.end() == 0
+    assert ESCAPE not in alex.output
+
+
+def test_no_escape_sequence_if_only_stdout_is_a_terminal(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    typed = r"1\nAlex\nHello\nq\n"
+
+    alex = start_terminal(room.address, shell=f"printf '{typed}' | \"$@\"")
+
+    assert alex.end() == 0
+    assert ESCAPE not in alex.output
+    welcome = "* Welcome, Alex! Also online: nobody yet."
+    assert alex.screen.rows == [*JOINING, welcome, "You: Hello", "You: q", *LEFT, ""]
+
+
+def test_escape_sequences_of_others_do_not_reach_the_terminal(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    """The screen fails on any that the client does not use itself."""
+    alex = start_terminal(puppet.address)
+    go_to("menu", alex)
+    alex.type(f"1{ENTER}Alex{ENTER}")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+
+    caller.send(b"* Wel\x1bcome\x07\nB\x1b[Hob: \x1b[2J\x1b[31mred\n")
+
+    alex.wait_for("* Wel\ufffdcome\ufffd")
+    alex.wait_for("B\ufffd[Hob: \ufffd[2J\ufffd[31mred")
+
+
+# --- leaving, and servers that are gone ---------------------------------------------
+
+TERMINALS = pytest.mark.parametrize("kind", ["xterm", "dumb"])
+PLACES = pytest.mark.parametrize("place", ["menu", "name", "chat"])
+
+
+@TERMINALS
+@PLACES
+@pytest.mark.parametrize(
+    ("key", "status"), [(CTRL_D, 0), (CTRL_C, 130), (f"q{ENTER}", 0)],
+    ids=["Ctrl-D", "Ctrl-C", "q"],
+)  # fmt: skip
+def test_leaving_at_a_terminal(
+    room: Room,
+    start_terminal: StartTerminal,
+    place: str,
+    key: str,
+    status: int,
+    kind: str,
+) -> None:
+    alex = start_terminal(room.address, TERM=kind)
+    go_to(place, alex)
+
+    alex.type(key)
+
+    assert alex.end() == status
+    assert alex.screen.rows[-3:] == [*LEFT, ""]
+    assert alex.output.count("Leaving the chat...") == 1
+    room.connect().join("Alex")  # the name is free again
+
+
+def test_exit_from_the_menu_at_a_terminal(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(room.address)
+    go_to("menu", alex)
+
+    alex.type(f"2{ENTER}")
+
+    assert alex.end() == 0
+    assert alex.screen.rows == [*START, "Enter your choice: 2", *EXITED, ""]
+
+
+def test_ctrl_c_with_half_a_line_typed_sends_nothing_of_it(chat: Chat) -> None:
+    alex, bob = chat()
+    alex.type(f"half a line{ARROW_LEFT * 4}")
+    alex.wait_for("half a line")
+
+    alex.type(CTRL_C)
+
+    assert alex.end() == 130
+    assert alex.screen.rows == ["You: half a line", *LEFT, ""]
+    assert bob.line() == "* Alex has left the chat."
+
+
+@TERMINALS
+@pytest.mark.parametrize(("key", "status"), [(f"q{ENTER}", 0), (CTRL_C, 130)])
+def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
+    puppet: Puppet, start_terminal: StartTerminal, key: str, status: int, kind: str
+) -> None:
+    alex = start_terminal(puppet.address, impatient(0.2), TERM=kind)
+    go_to("menu", alex)
+    alex.type(f"1{ENTER}Alex{ENTER}")
+    puppet.welcome()
+    alex.wait_for("You:")
+
+    alex.type(key)
+
+    assert alex.end() == status
+    assert alex.screen.rows[-3:] == [*LEFT, ""]
+    assert client.LEAVE_SECONDS <= 3.0
+
+
+def test_ctrl_c_leaves_a_server_that_does_not_answer_to_the_name(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    alex.type(f"Alex{ENTER}")
+    assert puppet.accept().line() == "Alex"
+
+    alex.type(CTRL_C)
+
+    assert alex.end() == 130
+    assert alex.screen.rows == [*JOINING, *LEFT, ""]
+
+
+def test_second_ctrl_c_does_not_break_into_the_leaving(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address, impatient(0.2))
+    go_to("menu", alex)
+    alex.type(f"1{ENTER}Alex{ENTER}")
+    puppet.welcome()
+    alex.wait_for("You:")
+
+    alex.type(CTRL_C)
+    alex.wait_for("Leaving the chat...")
+    alex.type(CTRL_C)
+
+    assert alex.end() == 130
+    assert alex.screen.rows[-3:] == [*LEFT, ""]
+    assert alex.output.count("Leaving the chat...") == 1
+
+
+# That the client has come to the name is to be seen on a terminal only.
+
+
+@ENDINGS
+def test_connection_that_ended_at_the_name_is_made_again(
+    puppet: Puppet, start_terminal: StartTerminal, end: Callable[[Caller], None]
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    end(puppet.accept())
+
+    alex.type(f"Alex{ENTER}")
+
+    caller = puppet.welcome()
+    assert caller.name == "Alex"
+    alex.type(f"Hello{ENTER}q{ENTER}")
+    assert caller.rest() == ["Hello", "q"]
+    caller.close()
+    assert alex.end() == 0
+    talk = ["* Welcome, Alex!", "You: Hello", "You: q"]
+    assert alex.screen.rows == [*JOINING, *talk, *LEFT, ""]
+
+
+@ENDINGS
+def test_server_that_cannot_be_reached_again_from_the_name_ends_the_client(
+    puppet: Puppet, start_terminal: StartTerminal, end: Callable[[Caller], None]
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    end(puppet.accept())
+    puppet.close()
+
+    alex.type(f"Alex{ENTER}")
+
+    assert alex.end() == 1
+    lost = "Connection lost: Connection refused."
+    assert alex.screen.rows == [*JOINING, lost, ""]
+
+
+def test_leaving_at_the_name_has_status_0_when_the_server_is_gone(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    puppet.accept().reset()
+    puppet.close()
+
+    alex.type(f"q{ENTER}")
+
+    assert alex.end() == 0
+    assert alex.screen.rows == [*START, NAMED[0], "Enter your username: q", *LEFT, ""]
+
+
+def test_server_that_has_become_full_ends_the_client(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    puppet.accept().close()
+
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.accept()
+    caller.say(f"! {FULL}")
+    caller.half_close()
+    assert caller.rest() in ([], ["Alex"])
+
+    assert alex.end() == 1
+    assert alex.screen.rows == [*JOINING, f"! {FULL}", ""]
+
+
+@TERMINALS
+def test_server_that_is_killed_ends_the_client_within_a_second(
+    start_terminal: StartTerminal,
+    start_server: Callable[..., ServerProcess],
+    kind: str,
+) -> None:
+    server = start_server()
+    alex = start_terminal(server.address, TERM=kind)
+    go_to("chat", alex)
+    alex.type("half a line")
+    alex.wait_for("You: half a line")
+
+    server.process.kill()
+    start = time.monotonic()
+    status = alex.end()
+
+    assert time.monotonic() - start < 1.0
+    assert status == 1
+    lost = "Connection lost: the server closed the connection."
+    assert alex.screen.rows[-3:] == ["You: half a line", lost, ""]
+
+
+def test_connection_that_is_reset_is_lost_with_the_reason(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("menu", alex)
+    alex.type(f"1{ENTER}Alex{ENTER}")
+    caller = puppet.welcome()
+    alex.wait_for("You:")
+    alex.type(f"half a line{ARROW_LEFT * 4}")
+    alex.wait_for("half a line")
+
+    caller.reset()
+
+    assert alex.end() == 1
+    lost = "Connection lost: Connection reset by peer."
+    assert alex.screen.rows[-3:] == ["You: half a line", lost, ""]
+
+
+def test_last_words_of_the_server_are_shown_before_the_connection_is_lost(
+    chat: Chat, room: Room
+) -> None:
+    alex, _ = chat()
+    alex.type("half")
+    alex.wait_for("You: half")
+
+    room.stop()
+
+    assert alex.end() == 1
+    assert alex.screen.rows == [
+        "* Server is shutting down.",
+        "You: half",
+        "Connection lost: the server closed the connection.",
+        "",
+    ]
+
+
+def test_terminal_is_left_sane_by_a_client_that_is_terminated(chat: Chat) -> None:
+    alex, bob = chat()
+
+    os.kill(alex.pid(), signal.SIGTERM)
+
+    assert alex.end() == 128 + signal.SIGTERM
+    assert bob.line() == "* Alex has left the chat."
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@PLACES
+def test_idle_client_uses_no_cpu(
+    room: Room, start_terminal: StartTerminal, place: str
+) -> None:
+    alex = start_terminal(room.address)
+    go_to(place, alex)
+    alex.type("half")
+    alex.wait_for(": half")
+    stat = Path(f"/proc/{alex.pid()}/stat")
+
+    def ticks() -> int:
+        fields = stat.read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = ticks()
+    assert alex.is_silent(0.3)
+
+    assert ticks() - before <= 1  # of the 30 that this took
