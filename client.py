@@ -35,7 +35,7 @@ except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 CONNECT_SECONDS = 10.0
-HANG_UP_SECONDS = 1.0  # that a server which is full has for closing
+FULL_SECONDS = 1.0  # that a server which is full has for closing
 LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
 RECEIVE_BYTES = 65536
 READ_BYTES = 4096  # of the keyboard or a pipe
@@ -145,20 +145,21 @@ class ChatClient:
 
     def _check_connection(self) -> None:
         """Connect again if the server has ended a connection that nobody used."""
+        if self._has_ended():
+            self._connect_again()
+
+    def _has_ended(self) -> bool:
+        """Look without waiting.  Raises ConnectionLost if the server was full."""
         try:
-            for _ in range(2):  # at most a refusal, and the end behind it
-                if not select.select([self._socket], [], [], 0)[0]:
-                    return
+            while select.select([self._socket], [], [], 0)[0]:
                 line = self._next_line()
                 if not line:
-                    break
+                    return True
                 if _says_full(line):
                     raise ConnectionLost(f"! {line.text}")
-            else:
-                return
+            return False
         except OSError:
-            pass  # ended as well
-        self._connect_again()
+            return True
 
     def _connect_again(self) -> None:
         self._socket.close()
@@ -171,7 +172,7 @@ class ChatClient:
     def _hangs_up(self) -> bool:
         """Tell whether the server closes the connection in a moment."""
         try:
-            ready = select.select([self._socket], [], [], HANG_UP_SECONDS)[0]
+            ready = select.select([self._socket], [], [], FULL_SECONDS)[0]
             return bool(ready) and not self._socket.recv(1, socket.MSG_PEEK)
         except OSError:
             return True
@@ -210,7 +211,10 @@ class ChatClient:
             self._terminal.show("Leaving the chat...")
             # Everything sent is delivered before the server closes its side.
             _shut_down(client_socket, socket.SHUT_WR)
-            receiver.join(LEAVE_SECONDS if status else self._terminal.patience)
+            try:
+                receiver.join(LEAVE_SECONDS if status else self._terminal.patience)
+            except KeyboardInterrupt:
+                status = INTERRUPTED
         finally:
             _shut_down(client_socket, socket.SHUT_RDWR)  # wakes the receiver
             receiver.join()
@@ -328,6 +332,9 @@ class PlainTerminal:
                 text = f"\n{text}{self._prompt}"
             self._write(text)
 
+    def give_back(self) -> None:
+        """Leave the keyboard as it was found; here it has not been touched."""
+
     def remember(self, text: str) -> None:
         """Note a message for the history, if there is one."""
 
@@ -360,9 +367,17 @@ class PlainTerminal:
         data = memoryview(text.encode(self._encoding, "replace"))
         try:
             while data:
-                data = data[os.write(self._screen, data) :]
+                data = data[self._write_some(data) :]
         except OSError:
             pass  # nobody reads any more; what is typed still counts
+
+    def _write_some(self, data: memoryview) -> int:
+        """Write what the screen takes; some terminals are shared and do not block."""
+        try:
+            return os.write(self._screen, data)
+        except BlockingIOError:
+            select.select([], [self._screen], [])
+            return 0
 
     def _read_line(self) -> bytes | None:
         while not self._typed and not self._woken:
@@ -399,7 +414,9 @@ _DIM, _RED = 2, 31
 # One key: an escape sequence (also one that breaks off), Alt and a character, or a
 # character.  What matches none of them is the beginning of a sequence.
 _KEY = re.compile(
-    r"\x1b+\[[0-?]*[ -/]*(?:[@-~]|(?=[^ -~]))|\x1b+O.|\x1b[^\x1b\[O]|[^\x1b]", re.DOTALL
+    r"\x1b+\[\[?+[0-?]*+[ -/]*+(?:[@-~]|(?=.))"
+    r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b]",
+    re.DOTALL,
 )
 
 # What is typed is two strings, before the cursor and after it; a key makes two of two.
@@ -531,10 +548,10 @@ class LineEditor(PlainTerminal):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.give_back()
         for number in signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT:
             signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        self._give_keyboard_back()
         super().__exit__(*exception)
 
     # --- the terminal's modes -------------------------------------------------------
@@ -547,7 +564,8 @@ class LineEditor(PlainTerminal):
         modes[6][termios.VTIME] = 0
         termios.tcsetattr(self._keyboard, termios.TCSADRAIN, modes)
 
-    def _give_keyboard_back(self) -> None:
+    def give_back(self) -> None:
+        """Leave the keyboard as it was found."""
         try:
             termios.tcsetattr(self._keyboard, termios.TCSADRAIN, self._modes)
         except termios.error:
@@ -564,7 +582,7 @@ class LineEditor(PlainTerminal):
         with self._lock:
             if self._prompt is not None:
                 self._finish_line()
-            self._give_keyboard_back()
+            self.give_back()
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTSTP)
             signal.signal(signal.SIGTSTP, self._on_stop)
@@ -572,10 +590,11 @@ class LineEditor(PlainTerminal):
 
     def _on_continue(self, *_: object) -> None:
         self._take_keyboard()
-        self._shown = ("", "")  # the shell has written since
+        with self._lock:
+            self._shown = ("", "")  # the shell has written since
 
     def _on_end(self, number: int, _: object) -> None:
-        self._give_keyboard_back()
+        self.give_back()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -774,18 +793,24 @@ def _open_terminal() -> PlainTerminal:
     )
 
 
-def _on_interrupt(*_: object) -> NoReturn:
-    # Once: a second Ctrl-C must not break into the leaving.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def client_program() -> int:
     """Run the client; return its exit status."""
     options = _parse_arguments()
-    signal.signal(signal.SIGINT, _on_interrupt)
+    terminal = _open_terminal()
+
+    def give_up(*_: object) -> NoReturn:
+        terminal.give_back()
+        os._exit(INTERRUPTED)
+
+    def leave(*_: object) -> NoReturn:
+        # The first Ctrl-C leaves.  The second one ends the program though the leaving
+        # may be stuck, on a server or on a pipe that nobody reads.
+        signal.signal(signal.SIGINT, give_up)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, leave)
     try:
-        client = ChatClient(options.host, options.port, _open_terminal())
+        return ChatClient(options.host, options.port, terminal).run()
     except KeyboardInterrupt:
         return INTERRUPTED
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
@@ -796,7 +821,6 @@ def client_program() -> int:
             file=sys.stderr,
         )
         return 1
-    return client.run()
 
 
 if __name__ == "__main__":

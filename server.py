@@ -1,4 +1,4 @@
-"""The chat server: one thread per client reads, one thread for all of them sends.
+"""The chat server: a thread per client reads, one thread at a time sends.
 
 Threads:
   main          accept_connections: accepts, starts a handler each; then shuts down
@@ -47,6 +47,8 @@ JOIN_SECONDS = 120.0
 # Small, so that a message is passed on before many of its kind have piled up: the 99th
 # percentile of the latency under many small senders is half of that with 64 KiB.
 RECEIVE_BYTES = 4096
+# After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
+PIECE_PAUSE_SECONDS = 0.0001
 # What may wait for one member.  The blocks are shared: all slow readers together hold
 # this much once, not each.
 MAX_BACKLOG_BYTES = 4 * 1024 * 1024
@@ -80,6 +82,8 @@ class _Client:
     """One connection."""
 
     __slots__ = (
+        "broken",
+        "cut_off",
         "join_by",
         "name",
         "offset",
@@ -88,7 +92,6 @@ class _Client:
         "round",
         "socket",
         "thread",
-        "too_slow",
         "waiting_bytes",
     )  # fmt: skip
 
@@ -98,10 +101,11 @@ class _Client:
         self.thread: threading.Thread | None = None  # its handler
         self.name = ""  # until it has joined
         self.join_by = time.monotonic() + JOIN_SECONDS  # FOREVER once it has
-        self.too_slow = False  # set by the broadcaster when it gives up on it
+        self.cut_off = ""  # why we have ended it: its handler stops reading
+        self.broken = ""  # why sending to it failed: what it sent is still read
         self.released: threading.Event | None = None  # set after the last send to it
-        # The backlog, the broadcaster's alone: so many bytes, the first of them at
-        # `offset` of what this client sees of `round`.
+        # The backlog, the sender's alone: so many bytes, the first of them at `offset`
+        # of what this client sees of `round`.
         self.waiting_bytes = 0
         self.round: _Round | None = None
         self.offset = 0
@@ -128,19 +132,20 @@ class _Entry(NamedTuple):
 
 
 class _Round:
-    """What the broadcaster sends in one round, and a link in the chain of backlogs.
+    """What is sent in one round, and a link in the chain of backlogs.
 
     A slow reader holds on to the round it is in, and through `next` to all behind it.
     Rounds are freed by reference count, when the slowest reader has got past them.
     """
 
-    __slots__ = ("block", "joining", "leaving", "next", "views")
+    __slots__ = ("block", "end", "joining", "leaving", "next", "views")
 
     def __init__(self, entries: list[_Entry]) -> None:
         """Join the entries; note what those who wrote some of them see instead."""
         self.joining = [e.client for e in entries if e.client and e.move is _Move.JOIN]
         self.leaving = [e.client for e in entries if e.client and e.move is _Move.LEAVE]
         self.block = b"".join([entry.to_others for entry in entries])
+        self.end = len(self.block)  # in bytes from the beginning of the chain
         self.views: dict[_Client, list[bytes | memoryview]] = {}
         self.next: _Round | None = None
         shared = memoryview(self.block)
@@ -217,8 +222,7 @@ class ChatServer:
         self._listener = _listen(host, port)
         self.address = _format_address(self._listener.getsockname())
         # stop() writes to the first, accept_connections() waits for the second.
-        self.stop_sender, self._stop_receiver = socket.socketpair()
-        self.stop_sender.setblocking(False)
+        self.stop_sender, self._stop_receiver = _wake_up_line()
 
         # Guards the names below, which change together.  Held for table operations
         # only: never while sending, receiving, joining a thread or logging.
@@ -227,24 +231,27 @@ class ChatServer:
         self._keys: set[str] = set()  # of the names in clients, as they are compared
         self._waiting: dict[_Client, None] = {}  # not joined yet, in order of arrival
         self._connections: dict[socket.socket, _Client] = {}  # all that are not closed
-        self._log: list[_Entry] = []  # what the broadcaster has not taken yet
+        self._log: list[_Entry] = []  # what no sender has taken yet
         self._log_bytes = 0
         self._closing = threading.Event()  # set under the lock: the log is complete
         self._room_in_log = threading.Condition(self._lock)
         self._all_closed = threading.Condition(self._lock)
 
-        # Whoever holds this sends, and owns the names below: the broadcaster, or a
-        # handler for one round.  Taken before _lock, never after it.
+        # Whoever holds this is the sender, and owns the names below: the broadcaster,
+        # or a handler for one round.  Taken before _lock, never after it.
         self._sending = threading.Lock()
         self._members: set[_Client] = set()
-        self._slow_readers: set[_Client] = set()  # those with a backlog
-        self._writable = selectors.DefaultSelector()  # watches slow readers and:
-        self._wake_sender, self._wake_receiver = socket.socketpair()
-        self._wake_sender.setblocking(False)
-        self._writable.register(self._wake_receiver, selectors.EVENT_READ)
-        self._asleep = False  # the log was empty when its sender last looked
+        # Those with a backlog.  _deliver only asks if there are any, and takes it for a
+        # hint: who takes _sending looks again.
+        self._slow_readers: set[_Client] = set()
         self._last_round: _Round | None = None  # the end of the chain of backlogs
         self._next_round = 0.0  # not before then, so that slow readers can keep up
+
+        # How the broadcaster is woken, from any thread.
+        self._wake_sender, self._wake_receiver = _wake_up_line()
+        self._writable = selectors.DefaultSelector()  # that, and slow readers
+        self._writable.register(self._wake_receiver, selectors.EVENT_READ)
+        self._asleep = False  # the log was empty when its sender last looked
         self._give_up_at = FOREVER  # set before _closing is
         self._all_sent = threading.Event()  # the last send to anybody is done
 
@@ -266,8 +273,9 @@ class ChatServer:
     def accept_connections(self) -> None:
         """Accept clients until told to stop; each one gets a thread of its own.
 
-        Out of file descriptors, memory or threads, it leaves the connections that come
-        in the listener's queue and tries again a little later.
+        Out of file descriptors or memory, it leaves the connections that come in the
+        listener's queue and tries again a little later.  Out of threads, it turns away
+        one at a time.
         """
         with selectors.DefaultSelector() as selector:
             selector.register(self._stop_receiver, selectors.EVENT_READ)
@@ -302,6 +310,8 @@ class ChatServer:
             with self._lock:
                 self._waiting.pop(client, None)
                 del self._connections[client_socket]
+            reason = "The server has no room for now, please try again later."
+            _send_at_once(client_socket, protocol.refusal(reason))
             client_socket.close()
             raise
 
@@ -318,9 +328,9 @@ class ChatServer:
                 if longest_waiting is None:
                     return False
                 del self._waiting[longest_waiting]
+                longest_waiting.cut_off = "it had not joined, and others need the room"
             self._waiting[client] = None
         if longest_waiting:
-            logger.info("Closing %s to make room: it has not joined", longest_waiting)
             reason = "Others need the room, and you have not joined."
             _send_at_once(longest_waiting.socket, protocol.refusal(reason))
             _wake(longest_waiting.socket)
@@ -352,8 +362,12 @@ class ChatServer:
             if self._ask_name(client, lines):
                 self._pass_on(client, lines)
         except OSError as error:
-            logger.info("Lost connection to %s: %s", client, error.strerror or error)
+            client.broken = error.strerror or str(error)
         finally:
+            if client.cut_off:
+                logger.info("Disconnected %s: %s", client, client.cut_off)
+            elif client.broken:
+                logger.info("Lost connection to %s: %s", client, client.broken)
             self.remove_client(client_socket)
             self._close(client)
 
@@ -361,13 +375,16 @@ class ChatServer:
         """Yield the lines of a client as they come, no more of them than it may send.
 
         One at a time until it has joined, since what the next one means depends on it.
-        Ends with EOF, at a shutdown, and when the client was too slow to read.
+        Ends with EOF, at a shutdown, and when we have cut it off.
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         allowance = _Allowance(self._lines_per_second)
-        while chunk := self._receive(client):
+        while (chunk := self._receive(client)) and not client.cut_off:
             lines = splitter.feed(chunk)
-            while lines and not client.too_slow and time.monotonic() < client.join_by:
+            if not lines and len(chunk) == RECEIVE_BYTES:
+                # A line without end is no reason to keep others from running.
+                self._closing.wait(PIECE_PAUSE_SECONDS)
+            while lines and not client.cut_off and time.monotonic() < client.join_by:
                 taken = allowance.take(len(lines) if client.name else 1)
                 if taken:
                     yield lines[:taken]
@@ -376,13 +393,6 @@ class ChatServer:
                 until_join = client.join_by - time.monotonic()
                 if self._closing.wait(min(allowance.seconds_until_more(), until_join)):
                     return
-            if client.too_slow:
-                break
-        if client.too_slow:
-            logger.info(
-                "Disconnected %s: too slow, more than %d bytes waited for it",
-                client, MAX_BACKLOG_BYTES,
-            )  # fmt: skip
 
     def _receive(self, client: _Client) -> bytes:
         """Return what one recv() gives; b"" at EOF, or when the time to join is up."""
@@ -500,7 +510,8 @@ class ChatServer:
         size = len(message) + len(reply)
         # Who fills a whole recv() sends faster than we read, and may fill only half of
         # the log: the other half keeps the way free for all who just say something.
-        limit = MAX_LOG_BYTES // (2 if size >= RECEIVE_BYTES else 1)
+        hurried = size >= RECEIVE_BYTES
+        limit = MAX_LOG_BYTES // (2 if hurried else 1)
         with self._lock:
             while self._log and self._log_bytes + size > limit:
                 if self._closing.is_set():
@@ -510,24 +521,29 @@ class ChatServer:
                 return False
             client = self._connections[sender_socket]
             self._append(_Entry(client, message, reply))
-        self._deliver()
+        self._deliver(may_send=not hurried)
         return True
 
     def _append(self, entry: _Entry) -> None:
-        """Caller holds _lock, and calls _deliver once it has released it."""
+        """Caller holds _lock, and has it sent once it has released that."""
         self._log.append(entry)
         self._log_bytes += len(entry.to_others) + len(entry.to_self)
 
-    # --- the broadcaster ------------------------------------------------------------
+    # --- sending ------------------------------------------------------------
 
-    def _deliver(self) -> None:
+    def _deliver(self, *, may_send: bool = True) -> None:
         """Have what was appended to the log sent.  Never waits.
 
         If nobody sends at this moment, the calling handler sends one round itself: that
         saves the time it takes to wake another thread.  What comes meanwhile is left to
-        the broadcaster, and the handler goes back to reading.
+        the broadcaster, and the handler goes back to reading; so is everything from
+        those who send so fast that reading is the better use of their thread.
         """
-        if not self._slow_readers and self._sending.acquire(blocking=False):
+        if (
+            may_send
+            and not self._slow_readers
+            and self._sending.acquire(blocking=False)
+        ):
             try:
                 if entries := self._take_log():
                     self._send_round(_Round(entries))
@@ -535,11 +551,11 @@ class ChatServer:
                 self._sending.release()
             if self._log or self._slow_readers:
                 self._wake_broadcaster()
-        elif self._asleep:
+        elif self._asleep or not self._sending.locked():
             self._wake_broadcaster()
 
     def _wake_broadcaster(self) -> None:
-        self._asleep = False
+        self._asleep = False  # before the byte, which may be taken at once
         try:
             self._wake_sender.send(b"\0")
         except BlockingIOError:
@@ -565,7 +581,7 @@ class ChatServer:
         while True:
             now = time.monotonic()
             until = now
-            if now < self._next_round - ROUND_SLACK_SECONDS:
+            if self._slow_readers and now < self._next_round - ROUND_SLACK_SECONDS:
                 until = self._next_round
             elif entries := self._take_log():
                 self._send_round(_Round(entries))
@@ -588,7 +604,7 @@ class ChatServer:
     def _take_log(self) -> list[_Entry]:
         with self._lock:
             entries = self._log
-            # Whoever appends to the empty log from here on sees that it must wake us.
+            # Whoever appends to the empty log from here on sees that it must wake somebody.
             self._asleep = not entries and not self._closing.is_set()
             if entries:
                 self._log = []
@@ -598,13 +614,13 @@ class ChatServer:
 
     def _send_round(self, this_round: _Round) -> None:
         """Send one block to every member, and what concerns only some to those."""
-        for client in this_round.joining:
-            self._members.add(client)
+        self._members.update(this_round.joining)
         if self._last_round:
             self._last_round.next = this_round
+            this_round.end += self._last_round.end
         for client in tuple(self._members):
             if client.waiting_bytes:
-                self._add_to_backlog(client, this_round)
+                client.waiting_bytes += this_round.size(client)
             elif client in this_round.views:
                 self._send(client, this_round, this_round.data(client))
             else:
@@ -614,13 +630,16 @@ class ChatServer:
             self._release_if_done(client)
         # Without slow readers nobody needs the chain.
         self._last_round = this_round if self._slow_readers else None
-        self._brake(len(this_round.block))
+        if self._slow_readers:
+            self._restrain(this_round)
 
     def _send(self, client: _Client, this_round: _Round, data: bytes) -> None:
+        if not data:
+            return
         try:
             sent = _send_now(client.socket, data)
-        except OSError:
-            self._drop(client)
+        except OSError as error:
+            self._drop(client, error)
             return
         if sent < len(data):
             client.waiting_bytes = len(data) - sent
@@ -628,22 +647,27 @@ class ChatServer:
             self._slow_readers.add(client)
             self._writable.register(client.socket, selectors.EVENT_WRITE, client)
 
-    def _add_to_backlog(self, client: _Client, this_round: _Round) -> None:
-        client.waiting_bytes += this_round.size(client)
-        if client.waiting_bytes > MAX_BACKLOG_BYTES:
-            client.too_slow = True
-            self._drop(client)
+    def _restrain(self, this_round: _Round) -> None:
+        """Cut off who is too slow, and brake for those who may become so.
 
-    def _brake(self, block_bytes: int) -> None:
-        """Put off the next round, by its part of what a member has waiting.
-
-        Nothing up to half of what may wait; from there on longer and longer.
+        The next round is put off by a time in proportion to the size of this one, and
+        to how far the longest backlog is beyond half of what may wait.
         """
-        fullest = max(
-            [client.waiting_bytes for client in self._slow_readers], default=0
-        )
-        fullness = max(0.0, 2 * fullest / MAX_BACKLOG_BYTES - 1)
-        pause = FULL_ROUND_SECONDS * fullness * block_bytes / MAX_LOG_BYTES
+        longest = 0
+        for client in tuple(self._slow_readers):
+            assert client.round is not None
+            # All of the chain that it keeps alive, its own lines included.
+            behind = this_round.end - client.round.end
+            waiting = behind + client.round.size(client) - client.offset
+            if waiting > MAX_BACKLOG_BYTES:
+                client.cut_off = (
+                    f"too slow, more than {MAX_BACKLOG_BYTES} bytes waited for it"
+                )
+                self._drop(client)
+            else:
+                longest = max(longest, waiting)
+        fullness = max(0.0, 2 * longest / MAX_BACKLOG_BYTES - 1)
+        pause = FULL_ROUND_SECONDS * fullness * len(this_round.block) / MAX_LOG_BYTES
         self._next_round = max(self._next_round, time.monotonic()) + pause
 
     def _flush(self, client: _Client) -> None:
@@ -659,8 +683,8 @@ class ChatServer:
             sent = _send_now(
                 client.socket, memoryview(b"".join(blocks))[client.offset :]
             )
-        except OSError:
-            self._drop(client)
+        except OSError as error:
+            self._drop(client, error)
             return
         client.waiting_bytes -= sent
         client.offset += sent
@@ -680,11 +704,13 @@ class ChatServer:
         client.waiting_bytes = client.offset = 0
         client.round = None
 
-    def _drop(self, client: _Client) -> None:
+    def _drop(self, client: _Client, error: OSError | None = None) -> None:
         """Send nothing more to a client, and wake its handler, which does the rest.
 
         What the client sent before its connection broke can still be read.
         """
+        if error:
+            client.broken = error.strerror or str(error)
         self._members.discard(client)
         if client in self._slow_readers:
             self._forget_backlog(client)
@@ -693,11 +719,12 @@ class ChatServer:
 
     def _release_if_done(self, client: _Client) -> None:
         """Let the handler of a client that leaves close, once nothing is left to send."""
-        if client.released and not client.waiting_bytes:
+        in_log = client in self._members  # its leaving has not been sent yet
+        if client.released and not in_log and not client.waiting_bytes:
             client.released.set()
 
     def _hang_up_all(self) -> None:
-        """Close our side of every connection: the broadcaster's last act."""
+        """Close our side of all connections that get anything: the last act."""
         for client in self._members | self._slow_readers:
             _half_close(client.socket)
             if client.released:
@@ -709,8 +736,8 @@ class ChatServer:
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a member off the list, tell the others, and wait for the last send to it.
 
-        Its handler calls this, and closes the socket afterwards.  Called again, or for
-        one who has not joined, it announces nothing.
+        Its handler calls this, and closes the socket afterwards.  For one who has not
+        joined, or called again before that, it announces nothing.
         """
         with self._lock:
             client = self._connections[client_socket]
@@ -740,9 +767,10 @@ class ChatServer:
         with client.socket:
             _half_close(client.socket)
             try:
-                client.socket.settimeout(LINGER_SECONDS)
-                while client.socket.recv(RECEIVE_BYTES) and time.monotonic() < deadline:
-                    pass
+                while (seconds := deadline - time.monotonic()) > 0:
+                    client.socket.settimeout(seconds)
+                    if not client.socket.recv(RECEIVE_BYTES):
+                        break
             except OSError:
                 pass  # gone, or silent until the time was up
             with self._lock:
@@ -769,6 +797,7 @@ class ChatServer:
             self._give_up_at = deadline
             self._closing.set()
             self._room_in_log.notify_all()
+            handled = list(self._connections.values())
         self._wake_broadcaster()
         for client in waiting:
             _send_at_once(client.socket, notice)
@@ -777,10 +806,9 @@ class ChatServer:
         with self._lock:
             seconds = min(HANG_UP_SECONDS, deadline - time.monotonic())
             self._all_closed.wait_for(lambda: not self._connections, seconds)
-            remaining = list(self._connections.values())
-        for client in remaining:
-            _wake(client.socket)
-        for client in remaining:
+            for client in self._connections.values():
+                _wake(client.socket)
+        for client in handled:
             if client.thread:
                 client.thread.join()
         self._writable.close()
@@ -803,15 +831,23 @@ def _listen(host: str, port: int) -> socket.socket:
             # create_server sets SO_REUSEADDR where that is what lets a restarted
             # server have its port back at once.
             listener = socket.create_server(
-                address[:2], family=family, backlog=LISTEN_BACKLOG
+                address, family=family, backlog=LISTEN_BACKLOG
             )
         except OSError as error:
-            failure = failure or error
+            # Its own text: create_server() adds the address to it.
+            failure = failure or OSError(error.errno, os.strerror(error.errno or 0))
         else:
             listener.setblocking(False)
             return listener
     assert failure is not None  # getaddrinfo gives at least one address or raises
     raise failure
+
+
+def _wake_up_line() -> tuple[socket.socket, socket.socket]:
+    """Return two ends; a byte sent to the first wakes who waits for the second."""
+    sender, receiver = socket.socketpair()
+    sender.setblocking(False)
+    return sender, receiver
 
 
 def _set_options(client_socket: socket.socket) -> None:
@@ -932,12 +968,21 @@ class LogWriter(logging.Handler):
             data = memoryview(text.encode(self._encoding, "backslashreplace"))
             try:
                 while data:
-                    data = data[os.write(self._descriptor, data) :]
+                    data = data[_write_some(self._descriptor, data) :]
             except OSError:
                 pass  # nobody reads it any more; the chat goes on
             with self._changed:
                 self._unwritten_lines -= text.count("\n")
                 self._changed.notify_all()
+
+
+def _write_some(descriptor: int, data: memoryview) -> int:
+    """Write what the descriptor takes; some terminals are shared and do not block."""
+    try:
+        return os.write(descriptor, data)
+    except BlockingIOError:
+        select.select([], [descriptor], [])
+        return 0
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -960,11 +1005,11 @@ def _parse_arguments() -> argparse.Namespace:
         help="TCP port to listen on, 0 to 65535; 0 takes a free one",
     )  # fmt: skip
     parser.add_argument(
-        "--max-clients", type=protocol.whole_number(1), default=MAX_CLIENTS,
+        "--max-clients", type=protocol.whole_number(1, 1_000_000), default=MAX_CLIENTS,
         metavar="N", help="connections at most, joined or not",
     )  # fmt: skip
     parser.add_argument(
-        "--rate", type=protocol.whole_number(0), default=LINES_PER_SECOND, metavar="N",
+        "--rate", type=protocol.whole_number(0, 1_000_000), default=LINES_PER_SECOND, metavar="N",
         help="lines per second that a client may send in the long run, "
         f"{BURST_SECONDS} N at once; 0 means no limit",
     )  # fmt: skip
@@ -995,7 +1040,11 @@ def _raise_open_file_limit(clients: int) -> None:
 
 def main() -> int:
     """Run the server; return its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, however early
     options = _parse_arguments()
+    # A stream that was closed before the start is None.
+    screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
+    encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
     try:
         server = ChatServer(
             options.host,
@@ -1026,7 +1075,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     # A thread that computes makes every send wait this long for the interpreter lock.
     sys.setswitchinterval(0.0005)
-    writer = LogWriter(sys.stdout.fileno(), sys.stdout.encoding)
+    writer = LogWriter(screen, encoding)
     logger.addHandler(writer)
     logger.setLevel(logging.INFO)
     logger.info("Server is running...")

@@ -1442,10 +1442,10 @@ def test_ctrl_c_leaves_a_server_that_does_not_answer_to_the_name(
     assert alex.screen.rows == [*JOINING, *LEFT, ""]
 
 
-def test_second_ctrl_c_does_not_break_into_the_leaving(
+def test_second_ctrl_c_ends_a_leaving_that_takes_too_long(
     puppet: Puppet, start_terminal: StartTerminal
 ) -> None:
-    alex = start_terminal(puppet.address, impatient(0.2))
+    alex = start_terminal(puppet.address, impatient(HANG_SECONDS))
     go_to("menu", alex)
     alex.type(f"1{ENTER}Alex{ENTER}")
     puppet.welcome()
@@ -1456,7 +1456,6 @@ def test_second_ctrl_c_does_not_break_into_the_leaving(
     alex.type(CTRL_C)
 
     assert alex.end() == 130
-    assert alex.screen.rows[-3:] == [*LEFT, ""]
     assert alex.output.count("Leaving the chat...") == 1
 
 
