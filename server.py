@@ -529,7 +529,7 @@ class ChatServer:
         self._log.append(entry)
         self._log_bytes += len(entry.to_others) + len(entry.to_self)
 
-    # --- sending ------------------------------------------------------------
+    # --- sending --------------------------------------------------------------------
 
     def _deliver(self, *, may_send: bool = True) -> None:
         """Have what was appended to the log sent.  Never waits.
@@ -604,7 +604,7 @@ class ChatServer:
     def _take_log(self) -> list[_Entry]:
         with self._lock:
             entries = self._log
-            # Whoever appends to the empty log from here on sees that it must wake somebody.
+            # Who appends to the empty log from here on sees that it must wake somebody.
             self._asleep = not entries and not self._closing.is_set()
             if entries:
                 self._log = []
