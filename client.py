@@ -30,12 +30,12 @@ import protocol
 from protocol import ServerLine
 
 try:
+    import fcntl
     import termios
 except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 CONNECT_SECONDS = 10.0
-FULL_SECONDS = 1.0  # that a server which is full has for closing
 LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
 RECEIVE_BYTES = 65536
 READ_BYTES = 4096  # of the keyboard or a pipe
@@ -121,8 +121,7 @@ class ChatClient:
                 continue
             self._terminal.show(f"Joining the chat as {name}...")
             reply = self._send_name(name)
-            # That word may also be part of a name that is refused.
-            if _says_full(reply) and self._hangs_up():
+            if _says_full(reply, name):
                 raise ConnectionLost(f"! {reply.text}")
             self._terminal.show(reply)
             if reply.mark == "*":
@@ -169,14 +168,6 @@ class ChatClient:
             reason = error.strerror or error
             raise ConnectionLost(f"Connection lost: {reason}.") from None
 
-    def _hangs_up(self) -> bool:
-        """Tell whether the server closes the connection in a moment."""
-        try:
-            ready = select.select([self._socket], [], [], FULL_SECONDS)[0]
-            return bool(ready) and not self._socket.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
-
     def _next_line(self) -> ServerLine | None:
         """Return the next line from the server; None at EOF.  Raises OSError."""
         while not self._lines:
@@ -212,7 +203,7 @@ class ChatClient:
             # Everything sent is delivered before the server closes its side.
             _shut_down(client_socket, socket.SHUT_WR)
             try:
-                receiver.join(LEAVE_SECONDS if status else self._terminal.patience)
+                self._wait_for_end(receiver, interrupted=bool(status))
             except KeyboardInterrupt:
                 status = INTERRUPTED
         finally:
@@ -221,13 +212,30 @@ class ChatClient:
         self._terminal.show("Connection closed.")
         return status
 
+    def _wait_for_end(self, receiver: threading.Thread, *, interrupted: bool) -> None:
+        """Wait until the server has read everything and closed its side.
+
+        In a pipe however long that takes.  A person at a terminal waits while it goes
+        on, and after Ctrl-C for LEAVE_SECONDS only.
+        """
+        if not (self._terminal.person or interrupted):
+            receiver.join()
+        unread = None
+        while receiver.is_alive() and unread != (unread := _unread_bytes(self._socket)):
+            receiver.join(LEAVE_SECONDS)
+            if interrupted:
+                return
+        if receiver.is_alive() and unread:
+            self._terminal.show(f"The server has not taken the last {unread} bytes.")
+
     def _send_lines(self, client_socket: socket.socket) -> bool:
         """Send line by line until the person leaves; False if the server is gone."""
         try:
             while (text := self._terminal.ask("You: ")) is not None:
-                text = protocol.clean(text)
                 leaving = text.strip().lower() == "q"
-                if text.strip():
+                if (
+                    text.strip()
+                ):  # as it is: cleaned it may be longer than a line may be
                     client_socket.sendall(
                         protocol.encode_line("q" if leaving else text)
                     )
@@ -252,8 +260,24 @@ class ChatClient:
         self._terminal.wake()
 
 
-def _says_full(line: ServerLine) -> bool:
-    return line.mark == "!" and "full" in line.text.lower()
+def _says_full(line: ServerLine, name: str = "") -> bool:
+    """Tell whether a line refuses for want of room, and not a name like "Fuller"."""
+    reason = protocol.name_key(line.text).replace(protocol.name_key(name), "")
+    return line.mark == "!" and "full" in reason
+
+
+def _unread_bytes(client_socket: socket.socket) -> int:
+    """Return how much of what was sent the server's side has not taken yet.
+
+    0 where the system does not tell, or if the connection has ended.
+    """
+    if termios is None:
+        return 0
+    try:
+        answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
+        return int.from_bytes(answer, sys.byteorder)
+    except OSError:
+        return 0
 
 
 def _shut_down(client_socket: socket.socket, how: int) -> None:
@@ -278,9 +302,7 @@ class PlainTerminal:
         self._keyboard = keyboard
         self._screen = screen
         self._encoding = encoding
-        self._person = os.isatty(keyboard) and os.isatty(screen)
-        # How long a server that hangs may hold up the leaving, in seconds.
-        self.patience = LEAVE_SECONDS if self._person else None
+        self.person = os.isatty(keyboard) and os.isatty(screen)
         # Guards the screen and what stands on it.  Held while writing to it.
         self._lock = threading.RLock()
         self._prompt: str | None = None  # of the line being typed, if one is
@@ -307,18 +329,18 @@ class PlainTerminal:
         try:
             with self._lock:
                 self._prompt = prompt
-                if self._person:
+                if self.person:
                     self._write(prompt)
             line = self._read_line()
         finally:
             with self._lock:
                 self._prompt = None
-                if self._person and line is None:
+                if self.person and line is None:
                     self._write("\n")
         if line is None:
             return None
         text = line.decode(protocol.ENCODING, "surrogateescape")
-        if not self._person:
+        if not self.person:
             self.show(prompt + text)
         return text
 
@@ -328,7 +350,7 @@ class PlainTerminal:
         if not text:
             return
         with self._lock:
-            if self._person and self._prompt is not None:
+            if self.person and self._prompt is not None:
                 text = f"\n{text}{self._prompt}"
             self._write(text)
 
@@ -815,8 +837,9 @@ def client_program() -> int:
         return INTERRUPTED
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
         reason = getattr(error, "strerror", None) or error
+        host = protocol.clean(options.host)
         print(
-            f"client.py: cannot connect to {options.host}, port {options.port}: {reason}"
+            f"client.py: cannot connect to {host}, port {options.port}: {reason}"
             " (is the server running? --host and --port say where)",
             file=sys.stderr,
         )

@@ -1010,11 +1010,11 @@ def _parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--rate", type=protocol.whole_number(0, 1_000_000), default=LINES_PER_SECOND, metavar="N",
-        help="lines per second that a client may send in the long run, "
-        f"{BURST_SECONDS} N at once; 0 means no limit",
+        help="lines per second that a client may send on average, with bursts of up to "
+        f"{BURST_SECONDS} times as many; 0 means no limit",
     )  # fmt: skip
     parser.add_argument(
-        "--quiet", action="store_true", help="do not show the messages themselves"
+        "--quiet", action="store_true", help="do not print what is said"
     )
     return parser.parse_args()
 
@@ -1040,7 +1040,7 @@ def _raise_open_file_limit(clients: int) -> None:
 
 def main() -> int:
     """Run the server; return its exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, however early
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
     options = _parse_arguments()
     # A stream that was closed before the start is None.
     screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
@@ -1055,8 +1055,9 @@ def main() -> int:
         )
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
         reason = getattr(error, "strerror", None) or error
+        host = protocol.clean(options.host)
         print(
-            f"server.py: cannot listen on {options.host}, port {options.port}: {reason}"
+            f"server.py: cannot listen on {host}, port {options.port}: {reason}"
             " (try another --host or --port)",
             file=sys.stderr,
         )

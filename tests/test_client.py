@@ -549,6 +549,29 @@ def test_refused_name_with_full_in_it_is_asked_for_again(
     assert "Joining the chat as Alex..." in output
 
 
+def test_five_refusals_of_a_name_with_full_in_it_lead_to_a_new_connection(
+    start_room: Callable[..., Room],
+) -> None:
+    room = start_room()
+    room.member("Fuller")
+
+    status, output = run_client(room.address, "1\n" + "fuller\n" * 5 + "Alex\nq\n")
+
+    assert status == 0
+    assert output[-3:] == ["You: q", *LEFT]
+
+
+def test_line_that_cleaning_makes_longer_is_not_too_long(
+    start_room: Callable[..., Room],
+) -> None:
+    room = start_room()
+    bob = room.member("Bob")
+
+    run_client(room.address, "1\nAlex\n" + "\t" * 2000 + "x\nq\n")
+
+    assert bob.gather(lambda line: ":" in line) == "Alex: " + " " * 8000 + "x"
+
+
 def test_real_server_that_is_full_ends_the_client(
     start_room: Callable[..., Room],
 ) -> None:
