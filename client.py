@@ -733,7 +733,9 @@ class LineEditor(PlainTerminal):
         places = _places(before + after, columns)
         (end_row, end_column), (row, column) = places[-1], places[len(before)]
         self._write(
-            f"\r{_move(up, 'A')}\x1b[J{above}{before}{after}"
+            # Not from the first cell: at the top of the screen tmux would take that for
+            # clearing all of it, and keep what stood there in its history.
+            f"\r{_move(up, 'A')}\x1b[K \x1b[J\r{above}{before}{after}"
             # A row that is exactly full: makes the terminal really go to the next one.
             + (" \r" if end_row and not end_column and not whole else "")
             + f"\r{_move(end_row - row, 'A')}{_move(column, 'C')}"

@@ -84,6 +84,7 @@ class _Client:
     __slots__ = (
         "broken",
         "cut_off",
+        "farewell",
         "join_by",
         "name",
         "offset",
@@ -102,6 +103,7 @@ class _Client:
         self.name = ""  # until it has joined
         self.join_by = time.monotonic() + JOIN_SECONDS  # FOREVER once it has
         self.cut_off = ""  # why we have ended it: its handler stops reading
+        self.farewell = b""  # the last line to one who has not joined
         self.broken = ""  # why sending to it failed: what it sent is still read
         self.released: threading.Event | None = None  # set after the last send to it
         # The backlog, the sender's alone: so many bytes, the first of them at `offset`
@@ -265,8 +267,11 @@ class ChatServer:
             self._shut_down(broadcaster)
 
     def stop(self) -> None:
-        """Make serve() shut down in order and return.  For any thread."""
-        self.stop_sender.send(b"\0")
+        """Make serve() shut down in order and return.  For any thread, at any time."""
+        try:
+            self.stop_sender.send(b"\0")
+        except OSError:
+            pass  # it has shut down
 
     # --- connections come -----------------------------------------------------------
 
@@ -329,11 +334,11 @@ class ChatServer:
                     return False
                 del self._waiting[longest_waiting]
                 longest_waiting.cut_off = "it had not joined, and others need the room"
+                reason = "Others need the room, and you have not joined."
+                longest_waiting.farewell = protocol.refusal(reason)
             self._waiting[client] = None
         if longest_waiting:
-            reason = "Others need the room, and you have not joined."
-            _send_at_once(longest_waiting.socket, protocol.refusal(reason))
-            _wake(longest_waiting.socket)
+            _shut(longest_waiting.socket, socket.SHUT_RD)  # its handler says farewell
         return True
 
     def _turn_away(self, client_socket: socket.socket) -> None:
@@ -369,6 +374,8 @@ class ChatServer:
             elif client.broken:
                 logger.info("Lost connection to %s: %s", client, client.broken)
             self.remove_client(client_socket)
+            if client.farewell:
+                _send_at_once(client_socket, client.farewell)
             self._close(client)
 
     def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
@@ -714,11 +721,14 @@ class ChatServer:
         self._members.discard(client)
         if client in self._slow_readers:
             self._forget_backlog(client)
-        _wake(client.socket)
+        _shut(client.socket, socket.SHUT_RDWR)
         self._release_if_done(client)
 
     def _release_if_done(self, client: _Client) -> None:
-        """Let the handler of a client that leaves close, once nothing is left to send."""
+        """Let the handler of a client that leaves close, once nothing is left to send.
+
+        That may be before the others are told, if sending to it has failed.
+        """
         in_log = client in self._members  # its leaving has not been sent yet
         if client.released and not in_log and not client.waiting_bytes:
             client.released.set()
@@ -726,7 +736,7 @@ class ChatServer:
     def _hang_up_all(self) -> None:
         """Close our side of all connections that get anything: the last act."""
         for client in self._members | self._slow_readers:
-            _half_close(client.socket)
+            _shut(client.socket, socket.SHUT_WR)
             if client.released:
                 client.released.set()
         self._all_sent.set()
@@ -754,7 +764,7 @@ class ChatServer:
         self._deliver()
         logger.info("Removing user: %s from clients", client.name)
         if not last_send.wait(LINGER_SECONDS):
-            _wake(client_socket)  # makes the next send fail
+            _shut(client_socket, socket.SHUT_RDWR)  # makes the next send fail
             last_send.wait()
 
     def _close(self, client: _Client) -> None:
@@ -765,7 +775,7 @@ class ChatServer:
         """
         deadline = time.monotonic() + LINGER_SECONDS
         with client.socket:
-            _half_close(client.socket)
+            _shut(client.socket, socket.SHUT_WR)
             try:
                 while (seconds := deadline - time.monotonic()) > 0:
                     client.socket.settimeout(seconds)
@@ -793,6 +803,8 @@ class ChatServer:
         self._listener.close()
         with self._lock:
             waiting, self._waiting = self._waiting, {}
+            for client in waiting:
+                client.farewell = notice
             self._append(_Entry(None, notice))
             self._give_up_at = deadline
             self._closing.set()
@@ -800,14 +812,13 @@ class ChatServer:
             handled = list(self._connections.values())
         self._wake_broadcaster()
         for client in waiting:
-            _send_at_once(client.socket, notice)
-            _wake(client.socket)
+            _shut(client.socket, socket.SHUT_RD)
         broadcaster.join()
         with self._lock:
             seconds = min(HANG_UP_SECONDS, deadline - time.monotonic())
             self._all_closed.wait_for(lambda: not self._connections, seconds)
             for client in self._connections.values():
-                _wake(client.socket)
+                _shut(client.socket, socket.SHUT_RDWR)
         for client in handled:
             if client.thread:
                 client.thread.join()
@@ -892,20 +903,14 @@ def _send_at_once(client_socket: socket.socket, line: bytes) -> None:
         pass  # its handler finds out by itself
 
 
-def _wake(client_socket: socket.socket) -> None:
-    """End a connection under a thread that is blocked on it: recv() returns b"".
+def _shut(client_socket: socket.socket, how: int) -> None:
+    """End one direction of a connection or both, under whoever is blocked on it.
 
-    close() would wake nobody, and free a descriptor that is still in use.
+    recv() returns b"" then.  close() would wake nobody, and free a descriptor that is
+    still in use.
     """
     try:
-        client_socket.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # ended already
-
-
-def _half_close(client_socket: socket.socket) -> None:
-    try:
-        client_socket.shutdown(socket.SHUT_WR)
+        client_socket.shutdown(how)
     except OSError:
         pass  # ended already
 

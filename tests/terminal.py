@@ -184,6 +184,9 @@ class Screen:
                 del self._rows[self._row + 1 :]
                 del self._rows[self._row].cells[self._column :]
                 self._rows[self._row].wrapped = False
+            case "K", "":
+                del self._rows[self._row].cells[self._column :]
+                self._rows[self._row].wrapped = False
             case "J", "2":
                 self._rows = [_Row() for _ in self._rows]
             case "H", "":

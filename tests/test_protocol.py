@@ -404,6 +404,7 @@ def test_a_name_that_holds_a_reserved_one_is_good(text: str) -> None:
         ("é", "E\u0301"),
         ("ǆ", "ǅ"),
         ("ﬁn", "FIN"),
+        ("\u0390", "\u03aa\u0301"),  # their folded forms differ but for NFKC
     ],
 )
 def test_names_that_differ_in_case_or_width_are_one(one: str, other: str) -> None:

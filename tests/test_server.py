@@ -461,6 +461,22 @@ def test_removing_a_client_twice_is_announced_once(room: Room) -> None:
     assert_next(alex, bob)
 
 
+def test_removing_a_client_again_spares_the_next_owner_of_its_name(room: Room) -> None:
+    alex, bob, carol = room.members("Alex", "Bob", "Carol")
+    room.server.remove_client(room.server.clients["Carol"])
+    for peer in (alex, bob):
+        assert peer.line() == left("Carol")
+    again = room.member("Carol")
+    for peer in (alex, bob):
+        assert peer.line() == joined("Carol")
+
+    carol.half_close()  # its handler removes it once more
+    assert carol.rest() == []
+
+    assert_next(again, alex, bob)
+    assert_next(alex, bob, again)
+
+
 @pytest.mark.parametrize(
     "leave",
     [lambda peer: peer.say("q"), Peer.close, Peer.half_close],
@@ -476,6 +492,26 @@ def test_what_was_sent_before_leaving_is_delivered(
     leave(alex)
 
     assert bob.until(left("Alex")) == [f"Alex: line {i}" for i in range(2000)]
+
+
+def test_what_was_sent_before_closing_is_delivered_though_writing_fails(
+    start_room: StartRoom,
+) -> None:
+    room = start_room(lines_per_second=10)
+    bob, carol = room.members("Bob", "Carol")
+    alex = room.member("Alex")
+    assert bob.line() == joined("Alex")
+    alex.send("".join(f"line {i}\n" for i in range(105)))  # one is for the name
+    alex.close()
+    heard = bob.lines(1)
+
+    # The first is answered with a reset, so that writing the second one fails.
+    for text in ("who is there?", "anybody?"):
+        bob.say(text)
+        carol.gather(f"Bob: {text}".__eq__)
+
+    heard += bob.until(left("Alex"))
+    assert heard == [f"Alex: line {i}" for i in range(105)]
 
 
 def test_who_half_closes_at_once_is_heard_and_answered(room: Room) -> None:
@@ -502,11 +538,12 @@ def test_who_leaves_reads_its_replies_though_it_sent_more(room: Room) -> None:
     assert bob.lines(2) == [joined("Alex"), left("Alex")]
 
 
+@pytest.mark.parametrize("small_buffers", [False, True])
 def test_who_leaves_still_receives_what_was_said_before(
-    start_server: StartServer,
+    start_server: StartServer, small_buffers: bool
 ) -> None:
     """Also what its socket could not take yet, and though it sent more than q."""
-    chat = start_server("--rate", "0", "--quiet")
+    chat = start_server("--rate", "0", "--quiet", small_buffers=small_buffers)
     bob, carol = chat.members("Bob", "Carol")
     alex = chat.member("Alex", receive_buffer=SMALL_BUFFER)
     assert carol.line() == joined("Alex")
@@ -1298,6 +1335,19 @@ def test_up_to_ten_thousand_lines_wait_for_the_terminal(lines: int) -> None:
     assert re.findall(r"\d+", "".join(after)) == (
         [str(lines - 10_000)] if lines > 10_000 else []
     )
+
+
+def test_whatever_is_logged_gets_to_the_terminal_cleaned() -> None:
+    reading, writing = os.pipe()
+    output = LineReader(reading)
+    writer = server.LogWriter(writing)
+
+    writer.handle(logging.makeLogRecord({"msg": "one\x1b[2J\ntwo\r\u202e\tend"}))
+
+    assert output.lines(2) == ["one\ufffd[2J", "two\ufffd\ufffd    end"]
+    writer.drain(HANG_SECONDS)
+    os.close(reading)
+    os.close(writing)
 
 
 @needs_proc
