@@ -60,6 +60,8 @@ MAX_LOG_BYTES = 256 * 1024
 FULL_ROUND_SECONDS = 0.08
 # Pauses shorter than this are added up: no timer is that fine.
 ROUND_SLACK_SECONDS = 0.002
+# Nothing sent for so long: the room is quiet, and a handler may send itself.
+QUIET_SECONDS = 0.002
 # What one send takes from a backlog: enough for speed, little enough to be fair.
 FLUSH_BYTES = 256 * 1024
 
@@ -248,6 +250,7 @@ class ChatServer:
         self._slow_readers: set[_Client] = set()
         self._last_round: _Round | None = None  # the end of the chain of backlogs
         self._next_round = 0.0  # not before then, so that slow readers can keep up
+        self._last_sent = 0.0  # when the last round was done; _deliver takes a hint
 
         # How the broadcaster is woken, from any thread.
         self._wake_sender, self._wake_receiver = _wake_up_line()
@@ -541,16 +544,14 @@ class ChatServer:
     def _deliver(self, *, may_send: bool = True) -> None:
         """Have what was appended to the log sent.  Never waits.
 
-        If nobody sends at this moment, the calling handler sends one round itself: that
-        saves the time it takes to wake another thread.  What comes meanwhile is left to
-        the broadcaster, and the handler goes back to reading; so is everything from
-        those who send so fast that reading is the better use of their thread.
+        While the room is quiet, the calling handler sends one round itself: that saves
+        the time it takes to wake another thread.  What comes meanwhile is left to the
+        broadcaster, and the handler goes back to reading; so is everything while much is
+        said, since the broadcaster, woken a little later, joins more into one round.
         """
-        if (
-            may_send
-            and not self._slow_readers
-            and self._sending.acquire(blocking=False)
-        ):
+        quiet = time.monotonic() - self._last_sent > QUIET_SECONDS
+        may_send = may_send and quiet and not self._slow_readers
+        if may_send and self._sending.acquire(blocking=False):
             try:
                 if entries := self._take_log():
                     self._send_round(_Round(entries))
@@ -637,6 +638,7 @@ class ChatServer:
             self._release_if_done(client)
         # Without slow readers nobody needs the chain.
         self._last_round = this_round if self._slow_readers else None
+        self._last_sent = time.monotonic()
         if self._slow_readers:
             self._restrain(this_round)
 
