@@ -1045,6 +1045,22 @@ def _raise_open_file_limit(clients: int) -> None:
             )  # fmt: skip
 
 
+def _stop_on_signals(server: ChatServer) -> None:
+    """Have Ctrl-C and SIGTERM stop the server, and a second one end it at once."""
+
+    def stop(*_: object) -> None:
+        # The signal's number has gone to stop_sender already.  The next signal of the
+        # kind ends the process at once.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # The kernel may hand a signal to any thread, and only a byte on a socket is sure to
+    # wake the main one.
+    signal.set_wakeup_fd(server.stop_sender.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
 def main() -> int:
     """Run the server; return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
@@ -1070,17 +1086,7 @@ def main() -> int:
         )
         return 1
 
-    def stop(*_: object) -> None:
-        # The signal's number has gone to stop_sender already.  The next signal of the
-        # kind ends the process at once.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    # The kernel may hand a signal to any thread, and only a byte on a socket is sure to
-    # wake the main one.
-    signal.set_wakeup_fd(server.stop_sender.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    _stop_on_signals(server)
     # A thread that computes makes every send wait this long for the interpreter lock.
     sys.setswitchinterval(0.0005)
     writer = LogWriter(screen, encoding)
