@@ -340,14 +340,13 @@ SERVER_MUTANTS = [
     Mutant(
         "two-send-at-once",
         "server.py",
-        "            and self._sending.acquire(blocking=False)\n"
-        "        ):\n"
+        "        if may_send and self._sending.acquire(blocking=False):\n"
         "            try:\n"
         "                if entries := self._take_log():\n"
         "                    self._send_round(_Round(entries))\n"
         "            finally:\n"
         "                self._sending.release()\n",
-        "        ):\n"
+        "        if True:\n"
         "            if entries := self._take_log():\n"
         "                self._send_round(_Round(entries))\n",
         "test_all_members_see_one_order or test_all_see_one_order",
