@@ -846,6 +846,9 @@ def client_program() -> int:
             file=sys.stderr,
         )
         return 1
+    finally:
+        # All is done: the interpreter's own exit is not to be broken into.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
