@@ -25,7 +25,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import NamedTuple, NoReturn
 
@@ -40,6 +40,7 @@ except ImportError:  # Windows
 MAX_CLIENTS = 1000
 LINES_PER_SECOND = 100  # faster than anybody types, slow enough for others to read
 BURST_SECONDS = 10  # a burst holds the lines of so many seconds
+ALLOWANCE_PAUSE_SECONDS = 0.05  # who may not send more now is read again after that
 MAX_NAMES_TRIED = 5
 MAX_NAMES_LISTED = 20
 JOIN_SECONDS = 120.0
@@ -60,6 +61,10 @@ MAX_LOG_BYTES = 256 * 1024
 FULL_ROUND_SECONDS = 0.08
 # Pauses shorter than this are added up: no timer is that fine.
 ROUND_SLACK_SECONDS = 0.002
+# After a round that tells of joins: so many times as long as it took, so that in a storm
+# of joins one round tells of many, and the time goes into joining instead of telling.
+JOIN_PAUSE = 4
+MAX_JOIN_PAUSE_SECONDS = 0.02
 # Nothing sent for so long: the room is quiet, and a handler may send itself.
 QUIET_SECONDS = 0.002
 # What one send takes from a backlog: enough for speed, little enough to be fair.
@@ -73,9 +78,11 @@ SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
 LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
+# Lines come in bursts, and to wake a thread for each would slow those who write them.
+GATHER_SECONDS = 0.01
 
 FOREVER = float("inf")
-MSG_DONTWAIT: int | None = getattr(socket, "MSG_DONTWAIT", None)
+MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 
 logger = logging.getLogger("chat.server")
 
@@ -93,6 +100,7 @@ class _Client:
         "peer",
         "released",
         "round",
+        "send",
         "socket",
         "thread",
         "waiting_bytes",
@@ -100,10 +108,11 @@ class _Client:
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
         self.socket = client_socket
+        self.send = _sender(client_socket)  # for whoever sends to it
         self.peer = peer  # "address:port", for the log
         self.thread: threading.Thread | None = None  # its handler
         self.name = ""  # until it has joined
-        self.join_by = time.monotonic() + JOIN_SECONDS  # FOREVER once it has
+        self.join_by = time.monotonic() + JOIN_SECONDS
         self.cut_off = ""  # why we have ended it: its handler stops reading
         self.farewell = b""  # the last line to one who has not joined
         self.broken = ""  # why sending to it failed: what it sent is still read
@@ -198,9 +207,37 @@ class _Allowance:
         self._lines -= taken
         return taken
 
-    def seconds_until_more(self) -> float:
-        """Return how long to wait for the next few lines: some 20 waits a second."""
-        return max(1.0, self._per_second / 20) / self._per_second
+
+class _Selector(selectors.DefaultSelector):
+    """Waits for sockets, and can be woken by any thread, or by a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A byte sent to the first makes the second readable.
+        self.waker, self._woken = socket.socketpair()
+        self.waker.setblocking(False)
+        self.register(self._woken, selectors.EVENT_READ)
+
+    def wake(self) -> None:
+        """Make a wait() return, the one that runs or else the next one."""
+        try:
+            self.waker.send(b"\0")
+        except OSError:
+            pass  # full of wake-ups, or closed
+
+    def wait(self, seconds: float) -> tuple[bool, list[selectors.SelectorKey]]:
+        """Return whether it was woken, and which sockets are ready."""
+        ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
+        keys = [key for key, _ in ready if key.fileobj is not self._woken]
+        woken = len(keys) < len(ready)
+        if woken:
+            self._woken.recv(RECEIVE_BYTES)
+        return woken, keys
+
+    def close(self) -> None:
+        super().close()
+        self.waker.close()
+        self._woken.close()
 
 
 class ChatServer:
@@ -225,8 +262,9 @@ class ChatServer:
         self._log_messages = log_messages
         self._listener = _listen(host, port)
         self.address = _format_address(self._listener.getsockname())
-        # stop() writes to the first, accept_connections() waits for the second.
-        self.stop_sender, self._stop_receiver = _wake_up_line()
+        self._arrivals = _Selector()  # for accept_connections(); stop() wakes it
+        self._arrivals.register(self._listener, selectors.EVENT_READ)
+        self.stop_sender = self._arrivals.waker
 
         # Guards the names below, which change together.  Held for table operations
         # only: never while sending, receiving, joining a thread or logging.
@@ -249,13 +287,9 @@ class ChatServer:
         # hint: who takes _sending looks again.
         self._slow_readers: set[_Client] = set()
         self._last_round: _Round | None = None  # the end of the chain of backlogs
-        self._next_round = 0.0  # not before then, so that slow readers can keep up
-        self._last_sent = 0.0  # when the last round was done; _deliver takes a hint
+        self._next_round = 0.0  # not before then; _deliver takes it for a hint too
 
-        # How the broadcaster is woken, from any thread.
-        self._wake_sender, self._wake_receiver = _wake_up_line()
-        self._writable = selectors.DefaultSelector()  # that, and slow readers
-        self._writable.register(self._wake_receiver, selectors.EVENT_READ)
+        self._writable = _Selector()  # slow readers; an append wakes it
         self._asleep = False  # the log was empty when its sender last looked
         self._give_up_at = FOREVER  # set before _closing is
         self._all_sent = threading.Event()  # the last send to anybody is done
@@ -271,10 +305,7 @@ class ChatServer:
 
     def stop(self) -> None:
         """Make serve() shut down in order and return.  For any thread, at any time."""
-        try:
-            self.stop_sender.send(b"\0")
-        except OSError:
-            pass  # it has shut down
+        self._arrivals.wake()
 
     # --- connections come -----------------------------------------------------------
 
@@ -285,27 +316,49 @@ class ChatServer:
         listener's queue and tries again a little later.  Out of threads, it turns away
         one at a time.
         """
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._stop_receiver, selectors.EVENT_READ)
-            selector.register(self._listener, selectors.EVENT_READ)
-            exhausted = False
-            while True:
-                ready = {key.fileobj for key, _ in selector.select()}
-                if self._stop_receiver in ready:
-                    return
-                try:
+        exhausted = False
+        while True:
+            stopped, arrivals = self._arrivals.wait(self._send_away_late_ones())
+            if stopped:
+                return
+            try:
+                for _ in arrivals:
                     self._accept_one()
                     exhausted = False
-                except (BlockingIOError, ConnectionAbortedError):
-                    pass  # it was gone again
-                except (OSError, RuntimeError) as error:
-                    if not exhausted:
-                        logger.warning("Cannot take new clients for now: %s", error)
-                    exhausted = True
-                    # The listener stays readable: without a pause this would spin.
-                    selector.unregister(self._listener)
-                    selector.select(ACCEPT_PAUSE_SECONDS)
-                    selector.register(self._listener, selectors.EVENT_READ)
+            except (BlockingIOError, ConnectionAbortedError):
+                pass  # it was gone again
+            except (OSError, RuntimeError) as error:
+                if not exhausted:
+                    logger.warning("Cannot take new clients for now: %s", error)
+                exhausted = True
+                # The listener stays readable: without a pause this would spin.
+                self._arrivals.unregister(self._listener)
+                self._arrivals.select(ACCEPT_PAUSE_SECONDS)
+                self._arrivals.register(self._listener, selectors.EVENT_READ)
+
+    def _send_away_late_ones(self) -> float:
+        """End those whose time to join is up; return the seconds until the next is."""
+        with self._lock:
+            while longest_waiting := next(iter(self._waiting), None):
+                seconds = longest_waiting.join_by - time.monotonic()
+                if seconds > 0:
+                    return seconds
+                self._send_away(
+                    longest_waiting,
+                    "it has not joined in time",
+                    f"You have not joined within {JOIN_SECONDS:.0f} seconds.",
+                )
+        return FOREVER
+
+    def _send_away(self, client: _Client, why: str, reason: str) -> None:
+        """End one who has not joined: `why` is for the log, `reason` for the client.
+
+        Caller holds _lock.
+        """
+        del self._waiting[client]
+        client.cut_off = why
+        client.farewell = protocol.refusal(reason)
+        _shut(client.socket, socket.SHUT_RD)  # its handler says farewell
 
     def _accept_one(self) -> None:
         client_socket, address = self._listener.accept()
@@ -319,7 +372,7 @@ class ChatServer:
                 self._waiting.pop(client, None)
                 del self._connections[client_socket]
             reason = "The server has no room for now, please try again later."
-            _send_at_once(client_socket, protocol.refusal(reason))
+            _send_at_once(client, protocol.refusal(reason))
             client_socket.close()
             raise
 
@@ -330,18 +383,16 @@ class ChatServer:
         """
         with self._lock:
             self._connections[client.socket] = client
-            longest_waiting = None
             if len(self.clients) + len(self._waiting) >= self._max_clients:
                 longest_waiting = next(iter(self._waiting), None)
                 if longest_waiting is None:
                     return False
-                del self._waiting[longest_waiting]
-                longest_waiting.cut_off = "it had not joined, and others need the room"
-                reason = "Others need the room, and you have not joined."
-                longest_waiting.farewell = protocol.refusal(reason)
+                self._send_away(
+                    longest_waiting,
+                    "it had not joined, and others need the room",
+                    "Others need the room, and you have not joined.",
+                )
             self._waiting[client] = None
-        if longest_waiting:
-            _shut(longest_waiting.socket, socket.SHUT_RD)  # its handler says farewell
         return True
 
     def _turn_away(self, client_socket: socket.socket) -> None:
@@ -349,9 +400,8 @@ class ChatServer:
         with self._lock:
             client = self._connections[client_socket]
         logger.info("Refused %s: the chat is full", client)
-        _send_at_once(
-            client_socket, protocol.refusal("The chat is full, please try again later.")
-        )
+        reason = "The chat is full, please try again later."
+        _send_at_once(client, protocol.refusal(reason))
         self._close(client)
 
     # --- one client -----------------------------------------------------------------
@@ -378,7 +428,7 @@ class ChatServer:
                 logger.info("Lost connection to %s: %s", client, client.broken)
             self.remove_client(client_socket)
             if client.farewell:
-                _send_at_once(client_socket, client.farewell)
+                _send_at_once(client, client.farewell)
             self._close(client)
 
     def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
@@ -389,39 +439,19 @@ class ChatServer:
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         allowance = _Allowance(self._lines_per_second)
-        while (chunk := self._receive(client)) and not client.cut_off:
+        receive = client.socket.recv
+        while (chunk := receive(RECEIVE_BYTES)) and not client.cut_off:
             lines = splitter.feed(chunk)
             if not lines and len(chunk) == RECEIVE_BYTES:
                 # A line without end is no reason to keep others from running.
                 self._closing.wait(PIECE_PAUSE_SECONDS)
-            while lines and not client.cut_off and time.monotonic() < client.join_by:
+            while lines and not client.cut_off:
                 taken = allowance.take(len(lines) if client.name else 1)
                 if taken:
                     yield lines[:taken]
                     del lines[:taken]
-                    continue
-                until_join = client.join_by - time.monotonic()
-                if self._closing.wait(min(allowance.seconds_until_more(), until_join)):
+                elif self._closing.wait(ALLOWANCE_PAUSE_SECONDS):
                     return
-
-    def _receive(self, client: _Client) -> bytes:
-        """Return what one recv() gives; b"" at EOF, or when the time to join is up."""
-        seconds = client.join_by - time.monotonic()
-        if seconds == FOREVER:
-            return client.socket.recv(RECEIVE_BYTES)
-        try:
-            if seconds > 0:
-                # A timeout counts for sending too.  It is taken back before whoever
-                # sends can know this client.
-                client.socket.settimeout(seconds)
-                return client.socket.recv(RECEIVE_BYTES)
-        except TimeoutError as error:
-            if error.errno:
-                raise  # the connection's own: the peer has vanished
-        finally:
-            client.socket.settimeout(None)
-        self._refuse(client, f"You have not joined within {JOIN_SECONDS:.0f} seconds.")
-        return b""
 
     def _ask_name(self, client: _Client, lines: Iterator[list[bytes]]) -> bool:
         """Read until a line is a name that may be used; False if none comes."""
@@ -444,7 +474,7 @@ class ChatServer:
     def _refuse(self, client: _Client, reason: object) -> None:
         """Refuse what someone sent who is not a member yet, and so gets it at once."""
         logger.info("Refused %s: %s", client, reason)
-        _send_at_once(client.socket, protocol.refusal(reason))
+        _send_at_once(client, protocol.refusal(reason))
 
     def _join(self, client: _Client, name: str) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
@@ -463,7 +493,6 @@ class ChatServer:
             self._keys.add(key)
             self.clients[name] = client.socket
             client.name = name
-            client.join_by = FOREVER
             self._append(_Entry(client, protocol.notice(joined), welcome, _Move.JOIN))
         self._deliver()
         logger.info("User %s", joined)
@@ -549,7 +578,7 @@ class ChatServer:
         broadcaster, and the handler goes back to reading; so is everything while much is
         said, since the broadcaster, woken a little later, joins more into one round.
         """
-        quiet = time.monotonic() - self._last_sent > QUIET_SECONDS
+        quiet = time.monotonic() - self._next_round > QUIET_SECONDS
         may_send = may_send and quiet and not self._slow_readers
         if may_send and self._sending.acquire(blocking=False):
             try:
@@ -563,11 +592,8 @@ class ChatServer:
             self._wake_broadcaster()
 
     def _wake_broadcaster(self) -> None:
-        self._asleep = False  # before the byte, which may be taken at once
-        try:
-            self._wake_sender.send(b"\0")
-        except BlockingIOError:
-            pass  # full of wake-ups
+        self._asleep = False  # before it wakes, and may sleep again
+        self._writable.wake()
 
     def _broadcast(self) -> None:
         """Send what no handler sends.  Runs in the broadcaster.
@@ -582,14 +608,14 @@ class ChatServer:
                     return
             # Handlers that found us sending rely on this second look at the log.
             if not self._log:
-                self._wait(FOREVER)
+                self._writable.wait(FOREVER)
 
     def _send_all(self) -> None:
         """Send until nothing waits, neither in the log nor for a slow reader."""
         while True:
             now = time.monotonic()
             until = now
-            if self._slow_readers and now < self._next_round - ROUND_SLACK_SECONDS:
+            if now < self._next_round - ROUND_SLACK_SECONDS:
                 until = self._next_round
             elif entries := self._take_log():
                 self._send_round(_Round(entries))
@@ -597,17 +623,10 @@ class ChatServer:
                 until = self._give_up_at
             else:
                 return
-            if self._slow_readers:
-                for client in self._wait(until):
-                    self._flush(client)
-
-    def _wait(self, until: float) -> list[_Client]:
-        """Wait for a wake-up or a slow reader; return those that can take more."""
-        timeout = None if until == FOREVER else max(0.0, until - time.monotonic())
-        ready = [key for key, _ in self._writable.select(timeout)]
-        if any(key.fileobj is self._wake_receiver for key in ready):
-            self._wake_receiver.recv(RECEIVE_BYTES)
-        return [key.data for key in ready if key.data]
+            if self._slow_readers or until > now:
+                _, writable = self._writable.wait(until - now)
+                for key in writable:
+                    self._flush(key.data)
 
     def _take_log(self) -> list[_Entry]:
         with self._lock:
@@ -622,45 +641,46 @@ class ChatServer:
 
     def _send_round(self, this_round: _Round) -> None:
         """Send one block to every member, and what concerns only some to those."""
+        began = time.monotonic()
         self._members.update(this_round.joining)
         if self._last_round:
             self._last_round.next = this_round
             this_round.end += self._last_round.end
-        for client in tuple(self._members):
-            if client.waiting_bytes:
-                client.waiting_bytes += this_round.size(client)
-            elif client in this_round.views:
-                self._send(client, this_round, this_round.data(client))
-            else:
-                self._send(client, this_round, this_round.block)
+        for client in self._members & self._slow_readers:
+            client.waiting_bytes += this_round.size(client)
+        block, views = this_round.block, this_round.views
+        for client in (self._members if block else views.keys()) - self._slow_readers:
+            data = this_round.data(client) if client in views else block
+            sent = 0
+            try:
+                sent = client.send(data, MSG_DONTWAIT)
+            except BlockingIOError:
+                pass  # it reads too slowly
+            except OSError as error:
+                self._drop(client, error)
+                continue
+            if sent < len(data):
+                client.round, client.offset = this_round, sent
+                client.waiting_bytes = len(data) - sent
+                self._slow_readers.add(client)
+                self._writable.register(client.socket, selectors.EVENT_WRITE, client)
         for client in this_round.leaving:
             self._members.discard(client)
             self._release_if_done(client)
         # Without slow readers nobody needs the chain.
         self._last_round = this_round if self._slow_readers else None
-        self._last_sent = time.monotonic()
-        if self._slow_readers:
-            self._restrain(this_round)
+        ended = time.monotonic()
+        pause = self._restrain(this_round)
+        if this_round.joining:
+            join_pause = min(JOIN_PAUSE * (ended - began), MAX_JOIN_PAUSE_SECONDS)
+            pause = max(pause, join_pause)
+        self._next_round = max(self._next_round, ended) + pause
 
-    def _send(self, client: _Client, this_round: _Round, data: bytes) -> None:
-        if not data:
-            return
-        try:
-            sent = _send_now(client.socket, data)
-        except OSError as error:
-            self._drop(client, error)
-            return
-        if sent < len(data):
-            client.waiting_bytes = len(data) - sent
-            client.round, client.offset = this_round, sent
-            self._slow_readers.add(client)
-            self._writable.register(client.socket, selectors.EVENT_WRITE, client)
+    def _restrain(self, this_round: _Round) -> float:
+        """Cut off who is too slow; return seconds to pause for those who may become so.
 
-    def _restrain(self, this_round: _Round) -> None:
-        """Cut off who is too slow, and brake for those who may become so.
-
-        The next round is put off by a time in proportion to the size of this one, and
-        to how far the longest backlog is beyond half of what may wait.
+        In proportion to the size of the round, and to how far the longest backlog is
+        beyond half of what may wait.
         """
         longest = 0
         for client in tuple(self._slow_readers):
@@ -676,8 +696,7 @@ class ChatServer:
             else:
                 longest = max(longest, waiting)
         fullness = max(0.0, 2 * longest / MAX_BACKLOG_BYTES - 1)
-        pause = FULL_ROUND_SECONDS * fullness * len(this_round.block) / MAX_LOG_BYTES
-        self._next_round = max(self._next_round, time.monotonic()) + pause
+        return FULL_ROUND_SECONDS * fullness * len(this_round.block) / MAX_LOG_BYTES
 
     def _flush(self, client: _Client) -> None:
         """Send from the backlog of a slow reader what its socket takes."""
@@ -689,9 +708,10 @@ class ChatServer:
             gathered += len(blocks[-1])
             here = here.next
         try:
-            sent = _send_now(
-                client.socket, memoryview(b"".join(blocks))[client.offset :]
-            )
+            data = memoryview(b"".join(blocks))[client.offset :]
+            sent = client.send(data, MSG_DONTWAIT)
+        except BlockingIOError:
+            return
         except OSError as error:
             self._drop(client, error)
             return
@@ -825,10 +845,7 @@ class ChatServer:
             if client.thread:
                 client.thread.join()
         self._writable.close()
-        for ours in (
-            self.stop_sender, self._stop_receiver, self._wake_sender, self._wake_receiver
-        ):  # fmt: skip
-            ours.close()
+        self._arrivals.close()
 
 
 # --- sockets ------------------------------------------------------------------------
@@ -856,13 +873,6 @@ def _listen(host: str, port: int) -> socket.socket:
     raise failure
 
 
-def _wake_up_line() -> tuple[socket.socket, socket.socket]:
-    """Return two ends; a byte sent to the first wakes who waits for the second."""
-    sender, receiver = socket.socketpair()
-    sender.setblocking(False)
-    return sender, receiver
-
-
 def _set_options(client_socket: socket.socket) -> None:
     """Make a connection quick, and find out when its peer has vanished.
 
@@ -883,24 +893,29 @@ def _set_options(client_socket: socket.socket) -> None:
             client_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _send_now(client_socket: socket.socket, data: bytes | memoryview) -> int:
-    """Return how many bytes the socket took without waiting.
+def _sender(
+    client_socket: socket.socket,
+) -> Callable[[bytes | memoryview, int], int]:
+    """Return what sends as much as the socket takes at once, or raises BlockingIOError.
 
-    The socket itself stays blocking: its handler waits in recv() at the same time.
+    To be called with MSG_DONTWAIT.  The socket itself stays blocking: its handler waits
+    in recv() at the same time.
     """
-    if MSG_DONTWAIT is None:  # Windows: ask first, and send a little
-        ready = select.select([], [client_socket], [], 0)[1]
-        return client_socket.send(data[:1024]) if ready else 0
-    try:
-        return client_socket.send(data, MSG_DONTWAIT)
-    except BlockingIOError:
-        return 0
+    if MSG_DONTWAIT:
+        return client_socket.send
+
+    def send(data: bytes | memoryview, _: int) -> int:
+        if not select.select([], [client_socket], [], 0)[1]:
+            raise BlockingIOError
+        return client_socket.send(data[:1024])  # so little does not block
+
+    return send
 
 
-def _send_at_once(client_socket: socket.socket, line: bytes) -> None:
+def _send_at_once(client: _Client, line: bytes) -> None:
     """Send a line to one who is not a member, without waiting; it may be gone."""
     try:
-        _send_now(client_socket, line)
+        client.send(line, MSG_DONTWAIT)
     except OSError:
         pass  # its handler finds out by itself
 
@@ -959,7 +974,8 @@ class LogWriter(logging.Handler):
                 self._left_out_lines = 0
             self._texts.append("\n".join(lines) + "\n")
             self._unwritten_lines += len(lines)
-            self._changed.notify_all()
+            if len(self._texts) == 1:
+                self._changed.notify_all()
 
     def drain(self, seconds: float) -> None:
         """Wait until all is written, or the time is up."""
@@ -970,6 +986,8 @@ class LogWriter(logging.Handler):
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._texts)
+            time.sleep(GATHER_SECONDS)
+            with self._changed:
                 text = "".join(self._texts)
                 self._texts.clear()
             data = memoryview(text.encode(self._encoding, "backslashreplace"))
