@@ -649,7 +649,9 @@ class ChatServer:
         for client in self._members & self._slow_readers:
             client.waiting_bytes += this_round.size(client)
         block, views = this_round.block, this_round.views
-        for client in (self._members if block else views.keys()) - self._slow_readers:
+        readers = self._members - self._slow_readers
+        # A block that is empty holds replies for some.
+        for client in readers if block else readers & views.keys():
             data = this_round.data(client) if client in views else block
             sent = 0
             try:

@@ -231,8 +231,8 @@ SERVER_MUTANTS = [
     Mutant(
         "no-pause-without-descriptors",
         "server.py",
-        "selector.select(ACCEPT_PAUSE_SECONDS)",
-        "selector.select(0)",
+        "self._arrivals.select(ACCEPT_PAUSE_SECONDS)",
+        "self._arrivals.select(0)",
         "test_out_of_descriptors_the_server_serves_those_inside_and_does_not_spin",
     ),
     Mutant(
@@ -273,8 +273,8 @@ SERVER_MUTANTS = [
     Mutant(
         "busy-stranger-stays",
         "server.py",
-        "seconds = client.join_by - time.monotonic()",
-        "seconds = JOIN_SECONDS if not client.name else FOREVER",
+        "while lines and not client.cut_off:",
+        "while lines:",
         "test_who_has_not_joined_in_time_is_closed_though_it_keeps_sending",
     ),
     # --- joining
@@ -363,8 +363,10 @@ SERVER_MUTANTS = [
     Mutant(
         "send-blocks",
         "server.py",
-        "client_socket.send(data, MSG_DONTWAIT)",
-        "client_socket.send(data)",
+        "sent = client.send(data, MSG_DONTWAIT)\n            except BlockingIOError:\n"
+        "                pass",
+        "sent = client.send(data)\n            except BlockingIOError:\n"
+        "                pass",
         "test_a_slow_reader_is_dropped_and_others_keep_receiving",
     ),
     Mutant(
@@ -401,9 +403,30 @@ SERVER_MUTANTS = [
     Mutant(
         "no-brake",
         "server.py",
-        "pause = FULL_ROUND_SECONDS * fullness",
-        "pause = 0 * fullness",
+        "return FULL_ROUND_SECONDS * fullness",
+        "return 0 * fullness",
         "test_who_reads_four_megabytes_a_second_stays_however_fast_others_write",
+    ),
+    Mutant(
+        "joins-hold-up-others",
+        "server.py",
+        "MAX_JOIN_PAUSE_SECONDS = 0.02",
+        "MAX_JOIN_PAUSE_SECONDS = 0.2",
+        "test_what_is_said_after_a_join_waits_for_an_instant_only",
+    ),
+    Mutant(
+        "every-join-told-at-once",
+        "server.py",
+        "        if this_round.joining:\n",
+        "        if False:\n",
+        "test_what_is_said_after_a_join_waits_for_an_instant_only",
+    ),
+    Mutant(
+        "brake-too-hard",
+        "server.py",
+        "FULL_ROUND_SECONDS = 0.08",
+        "FULL_ROUND_SECONDS = 0.8",
+        "test_a_trickle_reader_delays_nobody",
     ),
     Mutant(
         "log-unlimited",
@@ -511,8 +534,8 @@ SERVER_MUTANTS = [
     Mutant(
         "brake-outlasts-shutdown",
         "server.py",
-        "return max(1.0, self._per_second / 20) / self._per_second",
-        "time.sleep(3)\n        return 1.0",
+        "elif self._closing.wait(ALLOWANCE_PAUSE_SECONDS):",
+        "elif time.sleep(3) or self._closing.is_set():",
         "test_a_shutdown_wakes_one_who_is_braked",
     ),
     # --- the terminal
