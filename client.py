@@ -233,12 +233,10 @@ class ChatClient:
         try:
             while (text := self._terminal.ask("You: ")) is not None:
                 leaving = text.strip().lower() == "q"
-                if (
-                    text.strip()
-                ):  # as it is: cleaned it may be longer than a line may be
-                    client_socket.sendall(
-                        protocol.encode_line("q" if leaving else text)
-                    )
+                if text.strip():
+                    # As it is: cleaned it may be longer than a line may be.
+                    line = protocol.encode_line("q" if leaving else text)
+                    client_socket.sendall(line)
                 if leaving:
                     return True
                 self._terminal.remember(text)

@@ -79,7 +79,7 @@ HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
 LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
 # Lines come in bursts, and to wake a thread for each would slow those who write them.
-GATHER_SECONDS = 0.01
+GATHER_SECONDS = 0.005
 
 FOREVER = float("inf")
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
@@ -241,7 +241,12 @@ class _Selector(selectors.DefaultSelector):
 
 
 class ChatServer:
-    """The room: who is in, what is still to be sent, and the threads that do it."""
+    """The room: who is in, what is still to be sent, and the threads that do it.
+
+    Creating it binds and listens; serve() does the rest.  port: 0 takes a free one.
+    lines_per_second: 0 is no limit.  Raises OSError if the host is unknown or the port
+    is taken.
+    """
 
     def __init__(
         self,
@@ -252,11 +257,6 @@ class ChatServer:
         lines_per_second: int = LINES_PER_SECOND,
         log_messages: bool = True,
     ) -> None:
-        """Bind and listen; serve() does the rest.
-
-        port: 0 takes a free one.  lines_per_second: 0 is no limit.  Raises OSError if
-        the host is unknown or the port is taken.
-        """
         self._max_clients = max_clients
         self._lines_per_second = lines_per_second
         self._log_messages = log_messages
@@ -322,7 +322,7 @@ class ChatServer:
             if stopped:
                 return
             try:
-                for _ in arrivals:
+                if arrivals:
                     self._accept_one()
                     exhausted = False
             except (BlockingIOError, ConnectionAbortedError):
