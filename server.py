@@ -884,7 +884,7 @@ def _set_options(client_socket: socket.socket) -> None:
     client_socket.setblocking(True)  # on BSD and macOS inherited from the listener
     client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
-        ("TCP_NODELAY", 1),
+        ("TCP_NODELAY", 1),  # a message does not wait until the last one is answered
         ("TCP_KEEPIDLE", 60),  # seconds
         ("TCP_KEEPALIVE", 60),  # the same on macOS
         ("TCP_KEEPINTVL", 15),  # seconds
