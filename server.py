@@ -48,16 +48,22 @@ JOIN_SECONDS = 120.0
 # Small, so that a message is passed on before many of its kind have piled up: the 99th
 # percentile of the latency under many small senders is half of that with 64 KiB.
 RECEIVE_BYTES = 4096
+# From one client, in one entry of the log: each line gets a name, of up to 128 bytes, and
+# so a recv() of short ones could fill all of the log.
+MAX_LINES_AT_ONCE = 128
 # After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
 PIECE_PAUSE_SECONDS = 0.0001
 # What may wait for one member.  The blocks are shared: all slow readers together hold
 # this much once, not each.
 MAX_BACKLOG_BYTES = 4 * 1024 * 1024
+# Rounds that wait are joined up to this size: a round takes a kilobyte of memory besides.
+LINK_BYTES = 16 * 1024
+CUT_BYTES = 200  # of memory, for each place where a slow reader sees something else
 # What may wait in the log for the next round.  Handlers wait for room, so that a sender
 # that is too fast is slowed by its own TCP window.
 MAX_LOG_BYTES = 256 * 1024
-# While a slow reader is near its limit, rounds come this far apart: 3.3 MB/s.  A member
-# that reads 4 MB/s keeps up with that, and everybody else waits less than 100 ms.
+# While a slow reader is near its limit, full rounds come this far apart: 3.3 MB/s.  A
+# member that reads 4 MB/s keeps up, and everybody else waits less than 100 ms.
 FULL_ROUND_SECONDS = 0.08
 # Pauses shorter than this are added up: no timer is that fine.
 ROUND_SLACK_SECONDS = 0.002
@@ -68,7 +74,7 @@ MAX_JOIN_PAUSE_SECONDS = 0.02
 # Nothing sent for so long: the room is quiet, and a handler may send itself.
 QUIET_SECONDS = 0.002
 # What one send takes from a backlog: enough for speed, little enough to be fair.
-FLUSH_BYTES = 256 * 1024
+FLUSH_BYTES = 64 * 1024
 
 LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
@@ -92,14 +98,15 @@ class _Client:
 
     __slots__ = (
         "broken",
+        "cut_bytes",
         "cut_off",
         "farewell",
         "join_by",
+        "link",
         "name",
         "offset",
         "peer",
         "released",
-        "round",
         "send",
         "socket",
         "thread",
@@ -118,10 +125,11 @@ class _Client:
         self.broken = ""  # why sending to it failed: what it sent is still read
         self.released: threading.Event | None = None  # set after the last send to it
         # The backlog, the sender's alone: so many bytes, the first of them at `offset`
-        # of what this client sees of `round`.
+        # of what this client sees of `link`; and what its cuts in the chain take.
         self.waiting_bytes = 0
-        self.round: _Round | None = None
+        self.link: _Round | None = None
         self.offset = 0
+        self.cut_bytes = 0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
@@ -144,47 +152,72 @@ class _Entry(NamedTuple):
     move: _Move = _Move.NONE
 
 
+class _Cut(NamedTuple):
+    """Where a client sees something else than the others do."""
+
+    start: int  # in bytes of the block
+    end: int
+    instead: bytes
+
+    def bytes_kept(self) -> int:
+        """Return how much memory it takes."""
+        return CUT_BYTES + len(self.instead)
+
+
 class _Round:
     """What is sent in one round, and a link in the chain of backlogs.
 
-    A slow reader holds on to the round it is in, and through `next` to all behind it.
-    Rounds are freed by reference count, when the slowest reader has got past them.
+    A slow reader holds on to the link it is in, and through `next` to all behind it.
+    Links are freed by reference count, when the slowest reader has got past them.
     """
 
-    __slots__ = ("block", "end", "joining", "leaving", "next", "views")
+    __slots__ = ("block", "cuts", "end", "next")
 
     def __init__(self, entries: list[_Entry]) -> None:
         """Join the entries; note what those who wrote some of them see instead."""
-        self.joining = [e.client for e in entries if e.client and e.move is _Move.JOIN]
-        self.leaving = [e.client for e in entries if e.client and e.move is _Move.LEAVE]
         self.block = b"".join([entry.to_others for entry in entries])
         self.end = len(self.block)  # in bytes from the beginning of the chain
-        self.views: dict[_Client, list[bytes | memoryview]] = {}
+        self.cuts: dict[_Client, list[_Cut]] = {}
         self.next: _Round | None = None
-        shared = memoryview(self.block)
-        seen: dict[_Client, int] = {}  # how far into the block the views reach
         end = 0
         for client, to_others, to_self, move in entries:
             start, end = end, end + len(to_others)
-            if client is None:
-                continue
-            view = self.views.setdefault(client, [])
-            if move is not _Move.JOIN:
-                view.append(shared[seen.get(client, 0) : start])
-            view.append(to_self)
-            seen[client] = end if move is not _Move.LEAVE else len(shared)
-        for client, position in seen.items():
-            self.views[client].append(shared[position:])
-
-    def size(self, client: _Client) -> int:
-        """Return the number of bytes that the client sees of this round."""
-        view = self.views.get(client)
-        return len(self.block) if view is None else sum(map(len, view))
+            if client:
+                first = 0 if move is _Move.JOIN else start
+                last = len(self.block) if move is _Move.LEAVE else end
+                self.cuts.setdefault(client, []).append(_Cut(first, last, to_self))
 
     def data(self, client: _Client) -> bytes:
-        """Return the bytes that the client sees of this round."""
-        view = self.views.get(client)
-        return self.block if view is None else b"".join(view)
+        """Return the bytes that the client sees."""
+        if client not in self.cuts:
+            return self.block
+        shared, seen = memoryview(self.block), 0
+        parts: list[bytes | memoryview] = []
+        for start, end, instead in self.cuts[client]:
+            parts += shared[seen:start], instead
+            seen = end
+        return b"".join([*parts, shared[seen:]])
+
+    def keep_cuts_of(self, clients: set[_Client]) -> None:
+        """Forget what only others than these see; note what theirs take."""
+        self.cuts = {c: cuts for c, cuts in self.cuts.items() if c in clients}
+        for client, cuts in self.cuts.items():
+            client.cut_bytes += sum(map(_Cut.bytes_kept, cuts))
+
+    def pass_by(self, client: _Client) -> None:
+        """Forget what only this client sees."""
+        client.cut_bytes -= sum(map(_Cut.bytes_kept, self.cuts.pop(client, ())))
+
+    def append(self, later: _Round) -> None:
+        """Make the next round a part of this link: many small ones take much memory."""
+        shift = len(self.block)
+        for client, cuts in later.cuts.items():
+            self.cuts.setdefault(client, []).extend(
+                _Cut(start + shift, end + shift, instead)
+                for start, end, instead in cuts
+            )
+        self.block += later.block
+        self.end += len(later.block)
 
 
 class _Allowance:
@@ -286,7 +319,7 @@ class ChatServer:
         # Those with a backlog.  _deliver only asks if there are any, and takes it for a
         # hint: who takes _sending looks again.
         self._slow_readers: set[_Client] = set()
-        self._last_round: _Round | None = None  # the end of the chain of backlogs
+        self._last_link: _Round | None = None  # the end of the chain of backlogs
         self._next_round = 0.0  # not before then; _deliver takes it for a hint too
 
         self._writable = _Selector()  # slow readers; an append wakes it
@@ -446,7 +479,8 @@ class ChatServer:
                 # A line without end is no reason to keep others from running.
                 self._closing.wait(PIECE_PAUSE_SECONDS)
             while lines and not client.cut_off:
-                taken = allowance.take(len(lines) if client.name else 1)
+                most = MAX_LINES_AT_ONCE if client.name else 1
+                taken = allowance.take(min(len(lines), most))
                 if taken:
                     yield lines[:taken]
                     del lines[:taken]
@@ -547,8 +581,8 @@ class ChatServer:
         was not accepted, because the server is shutting down.
         """
         size = len(message) + len(reply)
-        # Who fills a whole recv() sends faster than we read, and may fill only half of
-        # the log: the other half keeps the way free for all who just say something.
+        # Who says so much at once may fill only half of the log: the other half keeps
+        # the way free for all who just say something.
         hurried = size >= RECEIVE_BYTES
         limit = MAX_LOG_BYTES // (2 if hurried else 1)
         with self._lock:
@@ -583,7 +617,7 @@ class ChatServer:
         if may_send and self._sending.acquire(blocking=False):
             try:
                 if entries := self._take_log():
-                    self._send_round(_Round(entries))
+                    self._send_round(entries)
             finally:
                 self._sending.release()
             if self._log or self._slow_readers:
@@ -618,7 +652,7 @@ class ChatServer:
             if now < self._next_round - ROUND_SLACK_SECONDS:
                 until = self._next_round
             elif entries := self._take_log():
-                self._send_round(_Round(entries))
+                self._send_round(entries)
             elif self._slow_readers and now < self._give_up_at:
                 until = self._give_up_at
             else:
@@ -639,20 +673,27 @@ class ChatServer:
                 self._room_in_log.notify_all()
             return entries
 
-    def _send_round(self, this_round: _Round) -> None:
+    def _send_round(self, entries: list[_Entry]) -> None:
         """Send one block to every member, and what concerns only some to those."""
         began = time.monotonic()
-        self._members.update(this_round.joining)
-        if self._last_round:
-            self._last_round.next = this_round
-            this_round.end += self._last_round.end
+        joining = [e.client for e in entries if e.client and e.move is _Move.JOIN]
+        leaving = [e.client for e in entries if e.client and e.move is _Move.LEAVE]
+        self._members.update(joining)
+        this_round = _Round(entries)
+        block, cuts = this_round.block, this_round.cuts
+        link, link_bytes = this_round, 0
+        if last := self._last_link:
+            if len(last.block) + len(block) <= LINK_BYTES:
+                link, link_bytes = last, len(last.block)
+            else:
+                last.next = this_round
+                this_round.end += last.end
         for client in self._members & self._slow_readers:
-            client.waiting_bytes += this_round.size(client)
-        block, views = this_round.block, this_round.views
+            client.waiting_bytes += len(this_round.data(client))
         readers = self._members - self._slow_readers
         # A block that is empty holds replies for some.
-        for client in readers if block else readers & views.keys():
-            data = this_round.data(client) if client in views else block
+        for client in readers if block else readers & cuts.keys():
+            data = this_round.data(client) if client in cuts else block
             sent = 0
             try:
                 sent = client.send(data, MSG_DONTWAIT)
@@ -662,55 +703,59 @@ class ChatServer:
                 self._drop(client, error)
                 continue
             if sent < len(data):
-                client.round, client.offset = this_round, sent
+                client.link, client.offset = link, link_bytes + sent
                 client.waiting_bytes = len(data) - sent
                 self._slow_readers.add(client)
                 self._writable.register(client.socket, selectors.EVENT_WRITE, client)
-        for client in this_round.leaving:
+        for client in leaving:
             self._members.discard(client)
             self._release_if_done(client)
-        # Without slow readers nobody needs the chain.
-        self._last_round = this_round if self._slow_readers else None
+        self._last_link = None
+        if self._slow_readers:
+            this_round.keep_cuts_of(self._slow_readers)
+            if link is not this_round:
+                link.append(this_round)
+            self._last_link = link
         ended = time.monotonic()
-        pause = self._restrain(this_round)
-        if this_round.joining:
+        pause = self._restrain(len(block))
+        if joining:
             join_pause = min(JOIN_PAUSE * (ended - began), MAX_JOIN_PAUSE_SECONDS)
             pause = max(pause, join_pause)
         self._next_round = max(self._next_round, ended) + pause
 
-    def _restrain(self, this_round: _Round) -> float:
+    def _restrain(self, sent: int) -> float:
         """Cut off who is too slow; return seconds to pause for those who may become so.
 
-        In proportion to the size of the round, and to how far the longest backlog is
+        In proportion to the bytes that were sent, and to how far the longest backlog is
         beyond half of what may wait.
         """
         longest = 0
         for client in tuple(self._slow_readers):
-            assert client.round is not None
-            # All of the chain that it keeps alive, its own lines included.
-            behind = this_round.end - client.round.end
-            waiting = behind + client.round.size(client) - client.offset
-            if waiting > MAX_BACKLOG_BYTES:
-                client.cut_off = (
-                    f"too slow, more than {MAX_BACKLOG_BYTES} bytes waited for it"
-                )
+            assert client.link and self._last_link
+            # All that it keeps in memory, and so its own lines too.
+            behind = self._last_link.end - client.link.end + len(client.link.block)
+            held = behind - client.offset + client.cut_bytes
+            if held > MAX_BACKLOG_BYTES:
+                client.cut_off = f"too slow, it held back {MAX_BACKLOG_BYTES} bytes"
                 self._drop(client)
             else:
-                longest = max(longest, waiting)
+                longest = max(longest, held)
         fullness = max(0.0, 2 * longest / MAX_BACKLOG_BYTES - 1)
-        return FULL_ROUND_SECONDS * fullness * len(this_round.block) / MAX_LOG_BYTES
+        return FULL_ROUND_SECONDS * fullness * sent / MAX_LOG_BYTES
 
     def _flush(self, client: _Client) -> None:
         """Send from the backlog of a slow reader what its socket takes."""
         blocks: list[bytes] = []
-        gathered, here = -client.offset, client.round
+        gathered, link = -client.offset, client.link
         while gathered < min(client.waiting_bytes, FLUSH_BYTES):
-            assert here is not None  # waiting_bytes counts what the chain holds
-            blocks.append(here.data(client))
+            assert link  # waiting_bytes counts what the chain holds
+            blocks.append(link.data(client))
             gathered += len(blocks[-1])
-            here = here.next
+            link = link.next
+        # Who leaves does not see all of its last link.
+        end = client.offset + client.waiting_bytes
         try:
-            data = memoryview(b"".join(blocks))[client.offset :]
+            data = memoryview(b"".join(blocks))[client.offset : end]
             sent = client.send(data, MSG_DONTWAIT)
         except BlockingIOError:
             return
@@ -722,9 +767,10 @@ class ChatServer:
         for block in blocks:
             if client.offset < len(block) or not client.waiting_bytes:
                 break
-            assert client.round is not None
+            assert client.link
             client.offset -= len(block)
-            client.round = client.round.next
+            client.link.pass_by(client)
+            client.link = client.link.next
         if not client.waiting_bytes:
             self._forget_backlog(client)
             self._release_if_done(client)
@@ -732,8 +778,10 @@ class ChatServer:
     def _forget_backlog(self, client: _Client) -> None:
         self._slow_readers.discard(client)
         self._writable.unregister(client.socket)
+        while client.link:
+            client.link.pass_by(client)
+            client.link = client.link.next
         client.waiting_bytes = client.offset = 0
-        client.round = None
 
     def _drop(self, client: _Client, error: OSError | None = None) -> None:
         """Send nothing more to a client, and wake its handler, which does the rest.
