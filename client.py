@@ -220,12 +220,13 @@ class ChatClient:
         """
         if not (self._terminal.person or interrupted):
             receiver.join()
-        unread = None
-        while receiver.is_alive() and unread != (unread := _unread_bytes(self._socket)):
+        unread = _unread_bytes(self._socket)
+        while receiver.is_alive():
             receiver.join(LEAVE_SECONDS)
-            if interrupted:
-                return
-        if receiver.is_alive() and unread:
+            before, unread = unread, _unread_bytes(self._socket)
+            if interrupted or not 0 < unread < before:
+                break
+        if receiver.is_alive() and unread and not interrupted:
             self._terminal.show(f"The server has not taken the last {unread} bytes.")
 
     def _send_lines(self, client_socket: socket.socket) -> bool:
@@ -258,10 +259,13 @@ class ChatClient:
         self._terminal.wake()
 
 
+# The word, and not a part of a name such as Fuller or full-moon.
+_FULL = re.compile(r"(?<![\w.-])full(?![.-]?\w)", re.IGNORECASE)
+
+
 def _says_full(line: ServerLine, name: str = "") -> bool:
-    """Tell whether a line refuses for want of room, and not a name like "Fuller"."""
-    reason = protocol.name_key(line.text).replace(protocol.name_key(name), "")
-    return line.mark == "!" and "full" in reason
+    """Tell whether a line refuses for want of room, and not a name that is "full"."""
+    return line.mark == "!" and bool(_FULL.search(line.text)) and not _FULL.search(name)
 
 
 def _unread_bytes(client_socket: socket.socket) -> int:
@@ -443,6 +447,9 @@ _KEY = re.compile(
 _Line = tuple[str, str]
 
 
+_JOINER = "\u200d"  # of emoji, and of letters of some scripts
+
+
 def cell_width(char: str) -> int:
     """Return how many cells of the screen a character takes: 0, 1 or 2."""
     if unicodedata.category(char) in ("Mn", "Me", "Cf"):
@@ -450,18 +457,30 @@ def cell_width(char: str) -> int:
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
+def _width_at(text: str, place: int) -> int:
+    """Return how many cells text[place] takes; joined emoji take those of one."""
+    width = cell_width(text[place])
+    if width and place and text[place - 1] == _JOINER:
+        base = place - 1
+        while base and not cell_width(text[base]):
+            base -= 1
+        if cell_width(text[base]) == 2:  # letters that are joined stand side by side
+            return 0
+    return width
+
+
 def _last(before: str) -> int:
-    """Return where the last character begins, marks that combine with it included."""
+    """Return where the last character begins, what combines with it included."""
     place = max(0, len(before) - 1)
-    while place and not cell_width(before[place]):
+    while place and not _width_at(before, place):
         place -= 1
     return place
 
 
 def _first(after: str) -> int:
-    """Return where the first character ends, marks that combine with it included."""
+    """Return where the first character ends, what combines with it included."""
     place = min(1, len(after))
-    while place < len(after) and not cell_width(after[place]):
+    while place < len(after) and not _width_at(after, place):
         place += 1
     return place
 
@@ -543,6 +562,7 @@ class LineEditor(PlainTerminal):
         self, keyboard: int, screen: int, encoding: str, *, colours: bool
     ) -> None:
         super().__init__(keyboard, screen, encoding)
+        self._modes = termios.tcgetattr(keyboard)
         self._colours = colours
         self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
         self._undecided = ""  # the beginning of an escape sequence
@@ -554,7 +574,6 @@ class LineEditor(PlainTerminal):
         self._stop_asked = False  # Ctrl-Z was pressed
 
     def __enter__(self) -> Self:
-        self._modes = termios.tcgetattr(self._keyboard)
         self._take_keyboard()
         # Their Python handlers run on the main thread, and only between two steps of
         # it; the byte that a signal writes ends its wait for a key.
@@ -578,11 +597,14 @@ class LineEditor(PlainTerminal):
 
     def _take_keyboard(self) -> None:
         """Read key by key and without echo; Ctrl-C and Ctrl-Z stay signals."""
-        modes = termios.tcgetattr(self._keyboard)
-        modes[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
-        modes[6][termios.VMIN] = 1
-        modes[6][termios.VTIME] = 0
-        termios.tcsetattr(self._keyboard, termios.TCSADRAIN, modes)
+        try:
+            modes = termios.tcgetattr(self._keyboard)
+            modes[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
+            modes[6][termios.VMIN] = 1
+            modes[6][termios.VTIME] = 0
+            termios.tcsetattr(self._keyboard, termios.TCSADRAIN, modes)
+        except termios.error:
+            pass  # the terminal has been closed
 
     def give_back(self) -> None:
         """Leave the keyboard as it was found."""
@@ -710,7 +732,7 @@ class LineEditor(PlainTerminal):
         return text.replace(line.name, f"\x1b[{colour}m{line.name}\x1b[m", 1)
 
     def _finish_line(self) -> None:
-        """Leave the line on the screen, whole, and go on below it.  Caller holds _lock."""
+        """Leave the line on the screen, whole; go on below it.  Caller holds _lock."""
         self._draw(whole=True)
         self._write("\n")
         self._shown = ("", "")
@@ -757,8 +779,8 @@ def _places(text: str, columns: int) -> list[tuple[int, int]]:
     """Return row and column of every character, and of the place behind the last."""
     places = []
     row = column = 0
-    for char in text:
-        width = cell_width(char)
+    for place in range(len(text)):
+        width = _width_at(text, place)
         if column + width > columns:  # a wide character goes to the next row whole
             row, column = row + 1, 0
         places.append((row, column))
@@ -832,18 +854,20 @@ def client_program() -> int:
 
     signal.signal(signal.SIGINT, leave)
     try:
-        return ChatClient(options.host, options.port, terminal).run()
+        try:
+            client = ChatClient(options.host, options.port, terminal)
+        except (OSError, ValueError) as error:  # ValueError: not a host name at all
+            reason = getattr(error, "strerror", None) or error
+            host = protocol.clean(options.host)
+            print(
+                f"client.py: cannot connect to {host}, port {options.port}: {reason}"
+                " (is the server running? --host and --port say where)",
+                file=sys.stderr,
+            )
+            return 1
+        return client.run()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (OSError, ValueError) as error:  # ValueError: not a host name at all
-        reason = getattr(error, "strerror", None) or error
-        host = protocol.clean(options.host)
-        print(
-            f"client.py: cannot connect to {host}, port {options.port}: {reason}"
-            " (is the server running? --host and --port say where)",
-            file=sys.stderr,
-        )
-        return 1
     finally:
         # All is done: the interpreter's own exit is not to be broken into.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

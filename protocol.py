@@ -87,7 +87,7 @@ class LineSplitter:
 
 # --- text that is safe to show ------------------------------------------------------
 
-# What drives a terminal or reorders text: C0, DEL, C1, the line and paragraph separators
+# What drives a terminal or reorders text: C0, DEL, C1, line and paragraph separators,
 # and the bidirectional controls (Unicode Standard Annex #9, "Explicit Formatting").
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
@@ -138,7 +138,8 @@ def encode_line(text: str) -> bytes:
 
 # --- names --------------------------------------------------------------------------
 
-# Unicode 16, DerivedCoreProperties.txt, Default_Ignorable_Code_Point: what shows nothing.
+# What shows nothing (Unicode 16, DerivedCoreProperties.txt,
+# Default_Ignorable_Code_Point).
 # Only the letters and marks among them; other categories never get into a name.
 _IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0"

@@ -1,4 +1,4 @@
-"""The chat server: a thread per client reads, one thread at a time sends.
+"""The chat server: a thread per client reads, one thread at a time sends to all.
 
 Threads:
   main          accept_connections: accepts, starts a handler each; then shuts down
@@ -8,8 +8,8 @@ Threads:
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
 one entry to a log, under the lock.  Whoever sends at the moment takes all entries that
-wait, joins them into one block and does one non-blocking send per member: a round.  What
-a socket does not take waits in a chain of blocks that all slow readers share.
+wait, joins them into one block and does one non-blocking send per member: a round.
+What a socket does not take waits in a chain of blocks that all slow readers share.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ JOIN_SECONDS = 120.0
 # Small, so that a message is passed on before many of its kind have piled up: the 99th
 # percentile of the latency under many small senders is half of that with 64 KiB.
 RECEIVE_BYTES = 4096
-# From one client, in one entry of the log: each line gets a name, of up to 128 bytes, and
-# so a recv() of short ones could fill all of the log.
+# From one client, in one entry of the log: each line gets a name, of up to 128 bytes,
+# and so a recv() of short ones could fill all of the log.
 MAX_LINES_AT_ONCE = 128
 # After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
 PIECE_PAUSE_SECONDS = 0.0001
 # What may wait for one member.  The blocks are shared: all slow readers together hold
 # this much once, not each.
 MAX_BACKLOG_BYTES = 4 * 1024 * 1024
-# Rounds that wait are joined up to this size: a round takes a kilobyte of memory besides.
+# Rounds that wait are joined up to this size: each takes some memory besides.
 LINK_BYTES = 16 * 1024
 CUT_BYTES = 200  # of memory, for each place where a slow reader sees something else
 # What may wait in the log for the next round.  Handlers wait for room, so that a sender
@@ -67,8 +67,8 @@ MAX_LOG_BYTES = 256 * 1024
 FULL_ROUND_SECONDS = 0.08
 # Pauses shorter than this are added up: no timer is that fine.
 ROUND_SLACK_SECONDS = 0.002
-# After a round that tells of joins: so many times as long as it took, so that in a storm
-# of joins one round tells of many, and the time goes into joining instead of telling.
+# After a round that tells of joins: so many times as long as it took, so that in a
+# storm of them one round tells of many, and the time goes into joining, not telling.
 JOIN_PAUSE = 4
 MAX_JOIN_PAUSE_SECONDS = 0.02
 # Nothing sent for so long: the room is quiet, and a handler may send itself.
@@ -609,8 +609,8 @@ class ChatServer:
 
         While the room is quiet, the calling handler sends one round itself: that saves
         the time it takes to wake another thread.  What comes meanwhile is left to the
-        broadcaster, and the handler goes back to reading; so is everything while much is
-        said, since the broadcaster, woken a little later, joins more into one round.
+        broadcaster, and the handler goes back to reading; so is everything while much
+        is said, since the broadcaster, woken a little later, joins more into one round.
         """
         quiet = time.monotonic() - self._next_round > QUIET_SECONDS
         may_send = may_send and quiet and not self._slow_readers
@@ -694,19 +694,15 @@ class ChatServer:
         # A block that is empty holds replies for some.
         for client in readers if block else readers & cuts.keys():
             data = this_round.data(client) if client in cuts else block
-            sent = 0
             try:
                 sent = client.send(data, MSG_DONTWAIT)
             except BlockingIOError:
-                pass  # it reads too slowly
+                sent = 0  # it reads too slowly
             except OSError as error:
                 self._drop(client, error)
                 continue
             if sent < len(data):
-                client.link, client.offset = link, link_bytes + sent
-                client.waiting_bytes = len(data) - sent
-                self._slow_readers.add(client)
-                self._writable.register(client.socket, selectors.EVENT_WRITE, client)
+                self._hold(client, len(data) - sent, link, link_bytes + sent)
         for client in leaving:
             self._members.discard(client)
             self._release_if_done(client)
@@ -722,6 +718,16 @@ class ChatServer:
             join_pause = min(JOIN_PAUSE * (ended - began), MAX_JOIN_PAUSE_SECONDS)
             pause = max(pause, join_pause)
         self._next_round = max(self._next_round, ended) + pause
+
+    def _hold(self, client: _Client, size: int, link: _Round, offset: int) -> None:
+        """Keep what a client did not take: so many bytes, from there on."""
+        try:
+            self._writable.register(client.socket, selectors.EVENT_WRITE, client)
+        except OSError as error:  # the system watches no more of them
+            self._drop(client, error)
+            return
+        self._slow_readers.add(client)
+        client.waiting_bytes, client.link, client.offset = size, link, offset
 
     def _restrain(self, sent: int) -> float:
         """Cut off who is too slow; return seconds to pause for those who may become so.
@@ -816,7 +822,7 @@ class ChatServer:
     # --- connections go -------------------------------------------------------------
 
     def remove_client(self, client_socket: socket.socket) -> None:
-        """Take a member off the list, tell the others, and wait for the last send to it.
+        """Take a member off the list, tell the others, wait for the last send to it.
 
         Its handler calls this, and closes the socket afterwards.  For one who has not
         joined, or called again before that, it announces nothing.
@@ -855,11 +861,11 @@ class ChatServer:
                         break
             except OSError:
                 pass  # gone, or silent until the time was up
-            with self._lock:
-                del self._connections[client.socket]
-                self._all_closed.notify_all()
         if not client.name:
             logger.info("Closed connection from %s", client)
+        with self._lock:
+            del self._connections[client.socket]
+            self._all_closed.notify_all()
 
     def _shut_down(self, broadcaster: threading.Thread) -> None:
         """End in order, within SHUTDOWN_SECONDS.
@@ -915,7 +921,8 @@ def _listen(host: str, port: int) -> socket.socket:
             )
         except OSError as error:
             # Its own text: create_server() adds the address to it.
-            failure = failure or OSError(error.errno, os.strerror(error.errno or 0))
+            reason = str(error.strerror).partition(" (while attempting")[0]
+            failure = failure or OSError(error.errno, reason)
         else:
             listener.setblocking(False)
             return listener
@@ -949,7 +956,7 @@ def _sender(
     """Return what sends as much as the socket takes at once, or raises BlockingIOError.
 
     To be called with MSG_DONTWAIT.  The socket itself stays blocking: its handler waits
-    in recv() at the same time.
+    in recv() at the same time.  Where there is no such flag, it sends a little at once.
     """
     if MSG_DONTWAIT:
         return client_socket.send
@@ -1084,9 +1091,9 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="N", help="connections at most, joined or not",
     )  # fmt: skip
     parser.add_argument(
-        "--rate", type=protocol.whole_number(0, 1_000_000), default=LINES_PER_SECOND, metavar="N",
-        help="lines per second that a client may send on average, with bursts of up to "
-        f"{BURST_SECONDS} times as many; 0 means no limit",
+        "--rate", type=protocol.whole_number(0, 1_000_000), default=LINES_PER_SECOND,
+        metavar="N", help="lines per second that a client may send on average, with "
+        f"bursts of up to {BURST_SECONDS} times as many; 0 means no limit",
     )  # fmt: skip
     parser.add_argument(
         "--quiet", action="store_true", help="do not print what is said"
@@ -1117,8 +1124,8 @@ def _stop_on_signals(server: ChatServer) -> None:
     """Have Ctrl-C and SIGTERM stop the server, and a second one end it at once."""
 
     def stop(*_: object) -> None:
-        # The signal's number has gone to stop_sender already.  The next signal of the
-        # kind ends the process at once.
+        # The signal's number has gone to stop_sender already.  The next one, of either
+        # kind, ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

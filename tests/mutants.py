@@ -318,8 +318,8 @@ SERVER_MUTANTS = [
     Mutant(
         "newcomer-hears-the-past",
         "server.py",
-        "if move is not _Move.JOIN:",
-        "if True:",
+        "first = 0 if move is _Move.JOIN else start",
+        "first = start",
         "test_all_members_see_one_order",
     ),
     # --- messages
@@ -343,12 +343,12 @@ SERVER_MUTANTS = [
         "        if may_send and self._sending.acquire(blocking=False):\n"
         "            try:\n"
         "                if entries := self._take_log():\n"
-        "                    self._send_round(_Round(entries))\n"
+        "                    self._send_round(entries)\n"
         "            finally:\n"
         "                self._sending.release()\n",
         "        if True:\n"
         "            if entries := self._take_log():\n"
-        "                self._send_round(_Round(entries))\n",
+        "                self._send_round(entries)\n",
         "test_all_members_see_one_order or test_all_see_one_order",
     ),
     Mutant(
@@ -364,40 +364,40 @@ SERVER_MUTANTS = [
         "send-blocks",
         "server.py",
         "sent = client.send(data, MSG_DONTWAIT)\n            except BlockingIOError:\n"
-        "                pass",
-        "sent = client.send(data)\n            except BlockingIOError:\n"
-        "                pass",
+        "                sent = 0",
+        "sent = client.send(data, 0)\n            except BlockingIOError:\n"
+        "                sent = 0",
         "test_a_slow_reader_is_dropped_and_others_keep_receiving",
     ),
     Mutant(
         "rest-of-a-send-forgotten",
         "server.py",
-        "client.waiting_bytes = len(data) - sent\n",
-        "return\n",
+        "                self._hold(client, len(data) - sent, link, link_bytes + sent)\n",
+        "                pass\n",
         "test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once",
     ),
     Mutant(
         "backlog-copied",
         "server.py",
-        "client.waiting_bytes += this_round.size(client)\n",
+        "            client.waiting_bytes += len(this_round.data(client))\n",
         # A part of each is enough to notice, and spares the machine gigabytes.
-        "client.waiting_bytes += this_round.size(client)\n"
-        "                copies = self.__dict__.setdefault('copies', [])\n"
-        "                copies.append(this_round.data(client)[:128])\n",
+        "            client.waiting_bytes += len(this_round.data(client))\n"
+        "            copies = self.__dict__.setdefault('copies', [])\n"
+        "            copies.append(this_round.data(client)[:128])\n",
         "test_a_thousand_stalled_members_share_what_waits_for_them",
     ),
     Mutant(
         "backlog-unlimited",
         "server.py",
-        "if waiting > MAX_BACKLOG_BYTES:",
+        "if held > MAX_BACKLOG_BYTES:",
         "if False:",
         "test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it",
     ),
     Mutant(
         "backlog-limit-one-less",
         "server.py",
-        "if waiting > MAX_BACKLOG_BYTES:",
-        "if waiting >= MAX_BACKLOG_BYTES:",
+        "if held > MAX_BACKLOG_BYTES:",
+        "if held >= MAX_BACKLOG_BYTES:",
         "test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it",
     ),
     Mutant(
@@ -406,6 +406,41 @@ SERVER_MUTANTS = [
         "return FULL_ROUND_SECONDS * fullness",
         "return 0 * fullness",
         "test_who_reads_four_megabytes_a_second_stays_however_fast_others_write",
+    ),
+    Mutant(
+        "each-round-a-link",
+        "server.py",
+        "if len(last.block) + len(block) <= LINK_BYTES:",
+        "if False:",
+        "test_what_waits_costs_little_more_than_its_bytes",
+    ),
+    Mutant(
+        "cuts-in-the-wrong-place",
+        "server.py",
+        "_Cut(start + shift, end + shift, instead)",
+        "_Cut(start, end, instead)",
+        "test_a_slow_reader_that_speaks_sees_all_but_its_own_lines",
+    ),
+    Mutant(
+        "cuts-of-others-kept",
+        "server.py",
+        "            this_round.keep_cuts_of(self._slow_readers)\n",
+        "            this_round.keep_cuts_of(self._members)\n",
+        "test_a_slow_reader or test_what_waits or test_model",
+    ),
+    Mutant(
+        "refusals-wait-without-limit",
+        "server.py",
+        "held = behind - client.offset + client.cut_bytes",
+        "held = behind - client.offset",
+        "test_refusals_that_their_author_does_not_read_are_bounded",
+    ),
+    Mutant(
+        "long-name-fills-the-log",
+        "server.py",
+        "taken = allowance.take(min(len(lines), most))",
+        "taken = allowance.take(len(lines) if client.name else 1)",
+        "test_what_goes_into_the_log_at_once_is_bounded_in_lines",
     ),
     Mutant(
         "joins-hold-up-others",
@@ -417,7 +452,7 @@ SERVER_MUTANTS = [
     Mutant(
         "every-join-told-at-once",
         "server.py",
-        "        if this_round.joining:\n",
+        "        if joining:\n",
         "        if False:\n",
         "test_what_is_said_after_a_join_waits_for_an_instant_only",
     ),
@@ -581,7 +616,7 @@ CLIENT_MUTANTS = [
     Mutant(
         "full-server-not-noticed",
         "client.py",
-        'return line.mark == "!" and "full" in reason',
+        'return line.mark == "!" and bool(_FULL.search(line.text))',
         "return False",
         "test_full_server_says_so_once_1_was_chosen",
     ),
@@ -693,6 +728,27 @@ CLIENT_MUTANTS = [
         "self.give_back()\n        signal.signal(number",
         "signal.signal(number",
         "test_terminal_is_left_sane_by_a_client_that_is_terminated",
+    ),
+    Mutant(
+        "joined-emoji-counted-apart",
+        "client.py",
+        "if width and place and text[place - 1] == _JOINER:",
+        "if False:",
+        "test_joined_emoji_in_the_line_cost_nothing_of_what_others_said",
+    ),
+    Mutant(
+        "hanging-server-waited-for-twice",
+        "client.py",
+        "if interrupted or not 0 < unread < before:",
+        "if before < 0:",
+        "test_server_that_hangs_holds_up_the_leaving_for_a_limited_time",
+    ),
+    Mutant(
+        "name-taken-for-a-full-server",
+        "client.py",
+        "(?<![\\w.-])full(?![.-]?\\w)",
+        "full",
+        "test_a_full_server_is_told_from_a_name",
     ),
     Mutant(
         "modes-not-restored-by-second-ctrl-c",

@@ -27,6 +27,7 @@ from helpers import (
 from terminal import Terminal
 
 import client
+from protocol import ServerLine
 
 MENU = ["1. Join the chat", "q. Leave the chat", "2. Exit the program"]
 START = ["Connected to server.", *MENU]
@@ -548,6 +549,22 @@ def test_refused_name_with_full_in_it_is_asked_for_again(
     assert status == 0
     assert "! The name full is taken." in output
     assert "Joining the chat as Alex..." in output
+
+
+@pytest.mark.parametrize(
+    ("reason", "name", "full"),
+    [
+        (FULL, "Alex", True),
+        (FULL, "l", True),
+        (FULL, "fu", True),
+        ("Server full", "full-moon", True),
+        ("The name Fuller is taken.", "Fuller", False),
+        ("The name full-moon is taken.", "full-moon", False),
+        ("The name full is taken.", "full", False),
+    ],
+)
+def test_a_full_server_is_told_from_a_name(reason: str, name: str, full: bool) -> None:
+    assert client._says_full(ServerLine("!", "", reason), name) is full
 
 
 def test_five_refusals_of_a_name_with_full_in_it_lead_to_a_new_connection(
@@ -1439,15 +1456,17 @@ def test_ctrl_c_with_half_a_line_typed_sends_nothing_of_it(chat: Chat) -> None:
 def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
     puppet: Puppet, start_terminal: StartTerminal, key: str, status: int, kind: str
 ) -> None:
-    alex = start_terminal(puppet.address, impatient(0.2), TERM=kind)
+    alex = start_terminal(puppet.address, impatient(1.0), TERM=kind)
     go_to("menu", alex)
     alex.type(f"1{ENTER}Alex{ENTER}")
     puppet.welcome()
     alex.wait_for("You:")
+    began = time.monotonic()
 
     alex.type(key)
 
     assert alex.end() == status
+    assert 1.0 < time.monotonic() - began < 1.8
     assert alex.screen.rows[-3:] == [*LEFT, ""]
     assert client.LEAVE_SECONDS <= 3.0
 

@@ -1,4 +1,4 @@
-"""The server over real sockets: every promise of it, under the headings of its contract.
+"""The server over real sockets: every promise of it, under its contract's headings.
 
 The tests that take longer than a quarter of a second wait for a process to start, for
 megabytes to flow, or for a time that is itself what is promised.
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import (
@@ -693,6 +694,86 @@ def test_a_thousand_stalled_members_share_what_waits_for_them(
 
     assert 3.9 * MIB < said < 5 * MIB  # their joinings wait for them too
     assert chat.status_bytes("VmHWM") - before < 64 * MIB
+
+
+@needs_proc
+def test_what_waits_costs_little_more_than_its_bytes(start_server: StartServer) -> None:
+    """Short lines, said one by one, so that each of them is a round."""
+    chat = start_server("--rate", "0", "--quiet", small_buffers=True)
+    alex, bob = chat.members("Alex", "Bob")
+    chat.member("Slow", receive_buffer=SMALL_BUFFER)
+    assert bob.line() == joined("Slow")
+    before = chat.status_bytes("VmRSS")
+
+    for _ in range(12_000):
+        alex.say("x")
+        assert bob.line() == "Alex: x"
+
+    assert chat.status_bytes("VmHWM") - before < MIB
+
+
+@needs_proc
+def test_refusals_that_their_author_does_not_read_are_bounded(
+    start_server: StartServer,
+) -> None:
+    chat = start_server("--rate", "0", "--quiet", small_buffers=True)
+    alex, bob = chat.members("Alex", "Bob")
+    rude = chat.member("Rude", receive_buffer=SMALL_BUFFER)
+    assert bob.line() == joined("Rude")
+    before = chat.status_bytes("VmRSS")
+
+    with suppress(ConnectionError):  # it is cut off
+        for _ in range(2000):
+            rude.send(b"\xff\n" * 2000)
+
+    assert bob.line() == left("Rude")
+    assert chat.status_bytes("VmHWM") - before < 16 * MIB
+    assert_next(alex, bob)
+
+
+def test_a_slow_reader_that_speaks_sees_all_but_its_own_lines(
+    start_room: StartRoom,
+) -> None:
+    """And its refusals in their places, wherever in the chain of backlogs they fall."""
+    room = start_room(small_buffers=True, lines_per_second=0)
+    alex, bob = room.members("Alex", "Bob")
+    slow = room.member("Slow", receive_buffer=SMALL_BUFFER)
+    assert bob.line() == joined("Slow")
+    promised: list[str] = []
+
+    for i in range(300):
+        text = "x" * (3000 if i < 20 or i % 50 == 0 else 10) + str(i)
+        alex.say(text)
+        assert bob.line() == f"Alex: {text}"
+        slow.send(f"own {i}\n".encode() + b"\xff\n")
+        assert bob.line() == f"Slow: own {i}"
+        promised += [f"Alex: {text}", "! That line is not UTF-8."]
+
+    assert slow.lines(len(promised)) == promised
+    assert_next(bob, slow)
+
+
+@pytest.mark.parametrize(("lines", "entries"), [(127, 1), (128, 1), (129, 2)])
+def test_what_goes_into_the_log_at_once_is_bounded_in_lines(
+    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch, lines: int, entries: int
+) -> None:
+    """Each gets a name, and so short lines become long."""
+    passed_on: list[bytes] = []
+    broadcast = server.ChatServer.broadcast_message
+
+    def spy(chat: server.ChatServer, message: bytes, *rest: Any) -> bool:
+        passed_on.append(message)
+        return broadcast(chat, message, *rest)
+
+    monkeypatch.setattr(server.ChatServer, "broadcast_message", spy)
+    room = start_room(lines_per_second=0)
+    alex, bob = room.members("\U00010400" * 32, "Bob")
+
+    alex.send("a\n" * lines)
+
+    assert bob.lines(lines) == [f"{alex.name}: a"] * lines
+    assert len(passed_on) == entries
+    assert max(map(len, passed_on)) < server.MAX_LOG_BYTES // 8
 
 
 @needs_proc

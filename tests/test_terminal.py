@@ -286,6 +286,25 @@ def test_cursor_stands_between_characters_that_are_not_one_cell_wide(
     assert alex.shows(["Bob: 日本語", f"You: {changed}"], cursor=(1, column + 1))
 
 
+def test_joined_emoji_in_the_line_cost_nothing_of_what_others_said(chat: Chat) -> None:
+    """They take the place of one; counted apart the line would seem to be longer."""
+    alex, bob = chat
+    family = "\N{MAN}\u200d\N{WOMAN}\u200d\N{GIRL}"
+    typed = f"{family} " * ((alex.columns - 5) // 4)
+    bob.say("meet at nine?")
+    alex.wait_for("meet at nine?")
+    alex.type(f"{typed}!")
+    alex.wait_for("!")
+    bob.say("no, at ten")
+    alex.wait_for("no, at ten")
+
+    alex.press("C-u")
+    alex.type("done")
+
+    rows = ["Bob: meet at nine?", "Bob: no, at ten", "You: done"]
+    assert alex.shows(rows, cursor=(2, 9))
+
+
 def test_line_that_wraps_keeps_its_rows_and_the_cursor(chat: Chat) -> None:
     alex, bob = chat
     typed = (ALPHABET * 8)[: alex.columns * 2]
