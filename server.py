@@ -72,7 +72,7 @@ ROUND_SLACK_SECONDS = 0.002
 JOIN_PAUSE = 4
 MAX_JOIN_PAUSE_SECONDS = 0.02
 # Nothing sent for so long: the room is quiet, and a handler may send itself.
-QUIET_SECONDS = 0.002
+QUIET_SECONDS = 0.001
 # What one send takes from a backlog: enough for speed, little enough to be fair.
 FLUSH_BYTES = 64 * 1024
 
