@@ -265,7 +265,8 @@ _FULL = re.compile(r"(?<![\w.-])full(?![.-]?\w)", re.IGNORECASE)
 
 def _says_full(line: ServerLine, name: str = "") -> bool:
     """Tell whether a line refuses for want of room, and not a name that is "full"."""
-    return line.mark == "!" and bool(_FULL.search(line.text)) and not _FULL.search(name)
+    named_so = _FULL.search(protocol.name_key(name))
+    return line.mark == "!" and bool(_FULL.search(line.text)) and not named_so
 
 
 def _unread_bytes(client_socket: socket.socket) -> int:

@@ -561,6 +561,7 @@ def test_refused_name_with_full_in_it_is_asked_for_again(
         ("The name Fuller is taken.", "Fuller", False),
         ("The name full-moon is taken.", "full-moon", False),
         ("The name full is taken.", "full", False),
+        ("The name FULL is taken.", "\N{FULLWIDTH LATIN CAPITAL LETTER F}ULL", False),
     ],
 )
 def test_a_full_server_is_told_from_a_name(reason: str, name: str, full: bool) -> None:
