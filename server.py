@@ -171,13 +171,14 @@ class _Round:
     Links are freed by reference count, when the slowest reader has got past them.
     """
 
-    __slots__ = ("block", "cuts", "end", "next")
+    __slots__ = ("block", "cut_bytes", "cuts", "end", "next")
 
     def __init__(self, entries: list[_Entry]) -> None:
         """Join the entries; note what those who wrote some of them see instead."""
         self.block = b"".join([entry.to_others for entry in entries])
         self.end = len(self.block)  # in bytes from the beginning of the chain
         self.cuts: dict[_Client, list[_Cut]] = {}
+        self.cut_bytes = 0  # what those have taken that were kept
         self.next: _Round | None = None
         end = 0
         for client, to_others, to_self, move in entries:
@@ -202,7 +203,9 @@ class _Round:
         """Forget what only others than these see; note what theirs take."""
         self.cuts = {c: cuts for c, cuts in self.cuts.items() if c in clients}
         for client, cuts in self.cuts.items():
-            client.cut_bytes += sum(map(_Cut.bytes_kept, cuts))
+            kept = sum(map(_Cut.bytes_kept, cuts))
+            client.cut_bytes += kept
+            self.cut_bytes += kept
 
     def pass_by(self, client: _Client) -> None:
         """Forget what only this client sees."""
@@ -216,6 +219,7 @@ class _Round:
                 _Cut(start + shift, end + shift, instead)
                 for start, end, instead in cuts
             )
+        self.cut_bytes += later.cut_bytes
         self.block += later.block
         self.end += len(later.block)
 
@@ -683,7 +687,7 @@ class ChatServer:
         block, cuts = this_round.block, this_round.cuts
         link, link_bytes = this_round, 0
         if last := self._last_link:
-            if len(last.block) + len(block) <= LINK_BYTES:
+            if last.cut_bytes + len(last.block) + len(block) <= LINK_BYTES:
                 link, link_bytes = last, len(last.block)
             else:
                 last.next = this_round

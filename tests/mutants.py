@@ -410,9 +410,16 @@ SERVER_MUTANTS = [
     Mutant(
         "each-round-a-link",
         "server.py",
-        "if len(last.block) + len(block) <= LINK_BYTES:",
+        "if last.cut_bytes + len(last.block) + len(block) <= LINK_BYTES:",
         "if False:",
         "test_what_waits_costs_little_more_than_its_bytes",
+    ),
+    Mutant(
+        "links-of-refusals-without-end",
+        "server.py",
+        "if last.cut_bytes + len(last.block) + len(block) <= LINK_BYTES:",
+        "if len(last.block) + len(block) <= LINK_BYTES:",
+        "test_refusals_that_have_been_read_do_not_count",
     ),
     Mutant(
         "cuts-in-the-wrong-place",

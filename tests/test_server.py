@@ -731,6 +731,23 @@ def test_refusals_that_their_author_does_not_read_are_bounded(
     assert_next(alex, bob)
 
 
+def test_refusals_that_have_been_read_do_not_count(
+    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are, to one that is never quite up to date."""
+    monkeypatch.setattr(server, "MAX_BACKLOG_BYTES", 40_000)  # instead of 4 MiB
+    room = start_room(small_buffers=True, lines_per_second=0)
+    rude = room.member("Rude", receive_buffer=SMALL_BUFFER)
+    reply = "! That line is not UTF-8."
+    rude.send(b"\xff\n" * 1000)  # 26 kB of replies, of which the kernel takes a part
+
+    for _ in range(1500):
+        rude.send(b"\xff\n" * 50)
+        assert rude.lines(50) == [reply] * 50
+
+    assert rude.lines(1000) == [reply] * 1000
+
+
 def test_a_slow_reader_that_speaks_sees_all_but_its_own_lines(
     start_room: StartRoom,
 ) -> None:
