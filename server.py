@@ -9,7 +9,8 @@ Threads:
 The way of a message: handle_client reads it and calls broadcast_message, which appends
 one entry to a log, under the lock.  Whoever sends at the moment takes all entries that
 wait, joins them into one block and does one non-blocking send per member: a round.
-What a socket does not take waits in a chain of blocks that all slow readers share.
+What is said meanwhile joins the block for those whose turn is still to come.  What a
+socket does not take waits in a chain of blocks that all slow readers share.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, cycle, islice
 from typing import NamedTuple, NoReturn
 
 import protocol
@@ -51,6 +53,9 @@ RECEIVE_BYTES = 4096
 # From one client, in one entry of the log: each line gets a name, of up to 128 bytes,
 # and so a recv() of short ones could fill all of the log.
 MAX_LINES_AT_ONCE = 128
+# Under way at a time, of what is said while a round is sent.  Each costs some time to
+# join, and more of them make the next message hardly earlier.
+MAX_BATCHES = 8
 # After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
 PIECE_PAUSE_SECONDS = 0.0001
 # What may wait for one member.  The blocks are shared: all slow readers together hold
@@ -152,6 +157,10 @@ class _Entry(NamedTuple):
     move: _Move = _Move.NONE
 
 
+def _who_moves(entries: list[_Entry], move: _Move) -> list[_Client]:
+    return [entry.client for entry in entries if entry.move is move and entry.client]
+
+
 class _Cut(NamedTuple):
     """Where a client sees something else than the others do."""
 
@@ -165,7 +174,7 @@ class _Cut(NamedTuple):
 
 
 class _Round:
-    """What is sent in one round, and a link in the chain of backlogs.
+    """What is sent in a round at one time, and a link in the chain of backlogs.
 
     A slow reader holds on to the link it is in, and through `next` to all behind it.
     Links are freed by reference count, when the slowest reader has got past them.
@@ -324,6 +333,7 @@ class ChatServer:
         # hint: who takes _sending looks again.
         self._slow_readers: set[_Client] = set()
         self._last_link: _Round | None = None  # the end of the chain of backlogs
+        self._may_grow = False  # the round that is under way
         self._next_round = 0.0  # not before then; _deliver takes it for a hint too
 
         self._writable = _Selector()  # slow readers; an append wakes it
@@ -656,7 +666,7 @@ class ChatServer:
             if now < self._next_round - ROUND_SLACK_SECONDS:
                 until = self._next_round
             elif entries := self._take_log():
-                self._send_round(entries)
+                self._send_round(entries, may_grow=True)
             elif self._slow_readers and now < self._give_up_at:
                 until = self._give_up_at
             else:
@@ -677,26 +687,63 @@ class ChatServer:
                 self._room_in_log.notify_all()
             return entries
 
-    def _send_round(self, entries: list[_Entry]) -> None:
-        """Send one block to every member, and what concerns only some to those."""
-        began = time.monotonic()
-        joining = [e.client for e in entries if e.client and e.move is _Move.JOIN]
-        leaving = [e.client for e in entries if e.client and e.move is _Move.LEAVE]
-        self._members.update(joining)
-        this_round = _Round(entries)
-        block, cuts = this_round.block, this_round.cuts
-        link, link_bytes = this_round, 0
-        if last := self._last_link:
-            if last.cut_bytes + len(last.block) + len(block) <= LINK_BYTES:
-                link, link_bytes = last, len(last.block)
-            else:
-                last.next = this_round
-                this_round.end += last.end
-        for client in self._members & self._slow_readers:
-            client.waiting_bytes += len(this_round.data(client))
+    def _send_round(self, entries: list[_Entry], *, may_grow: bool = False) -> None:
+        """Give every member its turn: one send of all that is under way.
+
+        While the round may grow, what is appended to the log meanwhile is under way at
+        once, and until each member has had a turn since.  So a message waits for the
+        next send, not for the next round.
+        """
         readers = self._members - self._slow_readers
-        # A block that is empty holds replies for some.
-        for client in readers if block else readers & cuts.keys():
+        if not any(entry.to_others for entry in entries):  # replies, for some
+            readers &= {entry.client for entry in entries}
+            may_grow = False
+        self._may_grow = may_grow and not self._slow_readers
+        turns: Iterator[_Client] = cycle(readers)
+        turn = 0  # so many there have been
+        under_way: deque[tuple[int, list[_Entry]]] = deque()  # until which turn, what
+        kept: _Round | None = None  # what slow readers get later
+        while entries or under_way:
+            if entries:
+                began = time.monotonic()
+                joining = _who_moves(entries, _Move.JOIN)
+                leaving = _who_moves(entries, _Move.LEAVE)
+                if joining or leaving:
+                    self._may_grow = False  # so that the turns need not change again
+                    self._members.update(joining)
+                    turns = chain(islice(turns, len(readers)), joining)
+                under_way.append((turn + len(readers) + len(joining), entries))
+            this_round = _Round([entry for _, batch in under_way for entry in batch])
+            growing = self._may_grow and len(under_way) < MAX_BATCHES
+            until, _ = under_way[0]
+            turn += self._give_turns(islice(turns, until - turn), this_round, growing)
+            if turn == until:
+                under_way.popleft()
+            if self._slow_readers and not kept:
+                kept = this_round
+            growing = growing and self._may_grow
+            entries = self._take_log() if growing and self._log else []
+        self._last_link = self._keep(kept) if kept else None
+        for client in leaving:
+            self._members.discard(client)
+            self._release_if_done(client)
+        ended = time.monotonic()
+        pause = self._restrain(len(kept.block)) if kept else 0.0
+        if joining:
+            join_pause = min(JOIN_PAUSE * (ended - began), MAX_JOIN_PAUSE_SECONDS)
+            pause = max(pause, join_pause)
+        self._next_round = max(self._next_round, ended) + pause
+
+    def _give_turns(
+        self, clients: Iterator[_Client], this_round: _Round, growing: bool
+    ) -> int:
+        """Send the round to one after the other, in a growing one until there is more.
+
+        Returns how many had their turn.
+        """
+        block, cuts = this_round.block, this_round.cuts
+        given = 0
+        for given, client in enumerate(clients, 1):
             data = this_round.data(client) if client in cuts else block
             try:
                 sent = client.send(data, MSG_DONTWAIT)
@@ -706,32 +753,42 @@ class ChatServer:
                 self._drop(client, error)
                 continue
             if sent < len(data):
-                self._hold(client, len(data) - sent, link, link_bytes + sent)
-        for client in leaving:
-            self._members.discard(client)
-            self._release_if_done(client)
-        self._last_link = None
-        if self._slow_readers:
-            this_round.keep_cuts_of(self._slow_readers)
-            if link is not this_round:
-                link.append(this_round)
-            self._last_link = link
-        ended = time.monotonic()
-        pause = self._restrain(len(block))
-        if joining:
-            join_pause = min(JOIN_PAUSE * (ended - began), MAX_JOIN_PAUSE_SECONDS)
-            pause = max(pause, join_pause)
-        self._next_round = max(self._next_round, ended) + pause
+                self._hold(client, len(data) - sent)
+            if growing and self._log:
+                break
+        return given
 
-    def _hold(self, client: _Client, size: int, link: _Round, offset: int) -> None:
-        """Keep what a client did not take: so many bytes, from there on."""
+    def _hold(self, client: _Client, size: int) -> None:
+        """Note that a client did not take so many bytes; _keep() keeps them for it."""
+        self._may_grow = False
         try:
             self._writable.register(client.socket, selectors.EVENT_WRITE, client)
         except OSError as error:  # the system watches no more of them
             self._drop(client, error)
             return
         self._slow_readers.add(client)
-        client.waiting_bytes, client.link, client.offset = size, link, offset
+        client.waiting_bytes = size
+
+    def _keep(self, this_round: _Round) -> _Round:
+        """Add a round to the backlogs of the slow readers; return the chain's new end."""
+        link, before = this_round, 0
+        if last := self._last_link:
+            before = len(last.block)
+            if last.cut_bytes + before + len(this_round.block) <= LINK_BYTES:
+                link = last
+            else:
+                last.next, before = this_round, 0
+                this_round.end += last.end
+        for client in self._members & self._slow_readers:
+            size = len(this_round.data(client))
+            if client.link:
+                client.waiting_bytes += size
+            else:  # the end of this round is what it did not take
+                client.link, client.offset = link, before + size - client.waiting_bytes
+        this_round.keep_cuts_of(self._slow_readers)
+        if link is last:
+            last.append(this_round)
+        return link
 
     def _restrain(self, sent: int) -> float:
         """Cut off who is too slow; return seconds to pause for those who may become so.
@@ -800,6 +857,7 @@ class ChatServer:
         """
         if error:
             client.broken = error.strerror or str(error)
+        self._may_grow = False
         self._members.discard(client)
         if client in self._slow_readers:
             self._forget_backlog(client)
