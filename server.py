@@ -19,6 +19,7 @@ import argparse
 import enum
 import logging
 import os
+import random
 import select
 import selectors
 import signal
@@ -1183,6 +1184,20 @@ def _raise_open_file_limit(clients: int) -> None:
             )  # fmt: skip
 
 
+def _stay_on_one_processor() -> None:
+    """Run all threads on one of the processors that are allowed, where that is possible.
+
+    Of the threads that hold the interpreter lock in turn only one can run, and to wake
+    the next one on another processor takes longer than what it does: with a thousand
+    joins at once, all of them take a third longer on two processors than on one.
+    """
+    try:
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {random.choice(tuple(allowed))})
+    except (AttributeError, OSError):
+        pass  # the system has no such thing, or does not let us
+
+
 def _stop_on_signals(server: ChatServer) -> None:
     """Have Ctrl-C and SIGTERM stop the server, and a second one end it at once."""
 
@@ -1225,6 +1240,7 @@ def main() -> int:
         return 1
 
     _stop_on_signals(server)
+    _stay_on_one_processor()
     # A thread that computes makes every send wait this long for the interpreter lock.
     sys.setswitchinterval(0.0005)
     writer = LogWriter(screen, encoding)

@@ -1062,6 +1062,29 @@ def test_the_server_raises_its_own_limit_of_open_files(
     assert "full" in chat.connect().line()
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="the system has no such thing"
+)
+def test_the_server_stays_on_one_processor(start_server: StartServer) -> None:
+    chat = start_server()
+
+    allowed = os.sched_getaffinity(chat.process.pid)
+
+    assert len(allowed) == 1
+    assert allowed <= os.sched_getaffinity(0)
+
+
+def test_the_server_runs_where_it_may_not_choose_a_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: int, __: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+
+    server._stay_on_one_processor()
+
+
 @needs_proc
 def test_out_of_descriptors_the_server_serves_those_inside_and_does_not_spin(
     start_server: StartServer,
