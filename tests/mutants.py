@@ -372,16 +372,103 @@ SERVER_MUTANTS = [
     Mutant(
         "rest-of-a-send-forgotten",
         "server.py",
-        "                self._hold(client, len(data) - sent, link, link_bytes + sent)\n",
+        "                self._hold(client, len(data) - sent)\n",
         "                pass\n",
         "test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once",
+    ),
+    # --- a round that grows
+    Mutant(
+        "rounds-do-not-grow",
+        "server.py",
+        "self._send_round(entries, may_grow=True)",
+        "self._send_round(entries)",
+        "test_the_rounds_of_the_broadcaster_grow",
+    ),
+    Mutant(
+        "growth-waits-for-the-round",
+        "server.py",
+        "            if growing and self._log:\n                break\n",
+        "",
+        "test_what_is_said_in_a_round_goes_to_the_next_member_at_once",
+    ),
+    Mutant(
+        "batch-for-one-turn-less",
+        "server.py",
+        "under_way.append((turn + len(readers) + len(joining), entries))",
+        "under_way.append((turn + len(readers) + len(joining) - 1, entries))",
+        "test_everybody_gets_what_the_log_says",
+    ),
+    Mutant(
+        "newcomers-before-the-others",
+        "server.py",
+        "turns = chain(islice(turns, len(readers)), joining)",
+        "turns = chain(joining, islice(turns, len(readers)))",
+        "test_everybody_gets_what_the_log_says",
+    ),
+    Mutant(
+        "slow-readers-get-the-latest-only",
+        "server.py",
+        "            if self._slow_readers and not kept:\n",
+        "            if self._slow_readers:\n",
+        "test_everybody_gets_what_the_log_says",
+    ),
+    Mutant(
+        "growth-goes-on-with-slow-readers",
+        "server.py",
+        "        self._may_grow = False\n        try:\n"
+        "            self._writable.register",
+        "        try:\n            self._writable.register",
+        "test_everybody_gets_what_the_log_says",
+    ),
+    Mutant(
+        "growth-goes-on-with-the-dropped",
+        "server.py",
+        "        self._may_grow = False\n        self._members.discard(client)\n"
+        "        if client",
+        "        self._members.discard(client)\n        if client",
+        "test_everybody_gets_what_the_log_says",
+    ),
+    Mutant(
+        "chain-never-ends",
+        "server.py",
+        "self._last_link = self._keep(kept) if kept else None",
+        "self._last_link = self._keep(kept) if kept else self._last_link",
+        "test_everybody_gets_what_the_log_says",
+    ),
+    Mutant(
+        "replies-disturb-everybody",
+        "server.py",
+        "            readers &= {entry.client for entry in entries}\n",
+        "",
+        "test_a_reply_is_sent_to_nobody_else",
+    ),
+    Mutant(
+        "one-batch-more",
+        "server.py",
+        "growing = self._may_grow and len(under_way) < MAX_BATCHES",
+        "growing = self._may_grow and len(under_way) <= MAX_BATCHES",
+        "test_so_many_batches_are_under_way_at_a_time",
+    ),
+    Mutant(
+        "any-processor",
+        "server.py",
+        "    _stay_on_one_processor()\n    # A",
+        "    # A",
+        "test_the_server_stays_on_one_processor",
+    ),
+    Mutant(
+        "processor-must-be-had",
+        "server.py",
+        "    except (AttributeError, OSError):\n        pass  # the system has",
+        "    except AttributeError:\n        pass  # the system has",
+        "test_the_server_runs_where_it_may_not_choose",
     ),
     Mutant(
         "backlog-copied",
         "server.py",
-        "            client.waiting_bytes += len(this_round.data(client))\n",
+        "            size = len(this_round.data(client))\n",
         # A part of each is enough to notice, and spares the machine gigabytes.
-        "            client.waiting_bytes += len(this_round.data(client))\n"
+        "            size = len(this_round.data(client))\n"
         "            copies = self.__dict__.setdefault('copies', [])\n"
         "            copies.append(this_round.data(client)[:128])\n",
         "test_a_thousand_stalled_members_share_what_waits_for_them",
@@ -410,15 +497,15 @@ SERVER_MUTANTS = [
     Mutant(
         "each-round-a-link",
         "server.py",
-        "if last.cut_bytes + len(last.block) + len(block) <= LINK_BYTES:",
+        "if last.cut_bytes + before + len(this_round.block) <= LINK_BYTES:",
         "if False:",
         "test_what_waits_costs_little_more_than_its_bytes",
     ),
     Mutant(
         "links-of-refusals-without-end",
         "server.py",
-        "if last.cut_bytes + len(last.block) + len(block) <= LINK_BYTES:",
-        "if len(last.block) + len(block) <= LINK_BYTES:",
+        "if last.cut_bytes + before + len(this_round.block) <= LINK_BYTES:",
+        "if before + len(this_round.block) <= LINK_BYTES:",
         "test_refusals_that_have_been_read_do_not_count",
     ),
     Mutant(
@@ -431,8 +518,8 @@ SERVER_MUTANTS = [
     Mutant(
         "cuts-of-others-kept",
         "server.py",
-        "            this_round.keep_cuts_of(self._slow_readers)\n",
-        "            this_round.keep_cuts_of(self._members)\n",
+        "        this_round.keep_cuts_of(self._slow_readers)\n",
+        "        this_round.keep_cuts_of(self._members)\n",
         "test_a_slow_reader or test_what_waits or test_model",
     ),
     Mutant(

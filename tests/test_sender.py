@@ -231,6 +231,20 @@ def test_what_is_said_in_a_round_goes_to_the_next_member_at_once(
     assert first_sends.count(b"n0: one\nn0: two\n") >= len(readers) - 1
 
 
+def test_the_rounds_of_the_broadcaster_grow(
+    stage: Stage, members: list[Socket]
+) -> None:
+    author, *readers = members
+    stage.say(author, "one")
+    say_one_in_each_send(stage, author, ["two"])
+    stage.chat._next_round = 0.0  # no pause after the joins
+
+    stage.chat._send_all()
+
+    assert len(stage.sends) <= len(members) + 2
+    assert all(reader.got.endswith(b"n0: one\nn0: two\n") for reader in readers)
+
+
 def test_a_reply_is_sent_to_nobody_else(stage: Stage, members: list[Socket]) -> None:
     author = members[0]
     stage.say(author, "", "! no\n")
