@@ -9,8 +9,8 @@ Threads:
 The way of a message: handle_client reads it and calls broadcast_message, which appends
 one entry to a log, under the lock.  Whoever sends at the moment takes all entries that
 wait, joins them into one block and does one non-blocking send per member: a round.
-What is said meanwhile joins the block for those whose turn is still to come.  What a
-socket does not take waits in a chain of blocks that all slow readers share.
+While nobody reads too slowly, what is said meanwhile joins the broadcaster's round.
+What a socket does not take waits in a chain of blocks that all slow readers share.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ RECEIVE_BYTES = 4096
 # From one client, in one entry of the log: each line gets a name, of up to 128 bytes,
 # and so a recv() of short ones could fill all of the log.
 MAX_LINES_AT_ONCE = 128
-# Under way at a time, of what is said while a round is sent.  Each costs some time to
-# join, and more of them make the next message hardly earlier.
-MAX_BATCHES = 8
+# So often a round takes in what is said meanwhile, while each member has one turn.  Each
+# time costs some microseconds.
+GROWTHS_PER_ROUND = 8
+# A round with more under way does not grow: this is for the quick passing on of little.
+MAX_GROWING_BYTES = 64 * 1024
 # After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
 PIECE_PAUSE_SECONDS = 0.0001
 # What may wait for one member.  The blocks are shared: all slow readers together hold
@@ -131,7 +133,8 @@ class _Client:
         self.broken = ""  # why sending to it failed: what it sent is still read
         self.released: threading.Event | None = None  # set after the last send to it
         # The backlog, the sender's alone: so many bytes, the first of them at `offset`
-        # of what this client sees of `link`; and what its cuts in the chain take.
+        # of what this client sees of `link` (from the end of the round on in which it
+        # began); and what its cuts in the chain take.
         self.waiting_bytes = 0
         self.link: _Round | None = None
         self.offset = 0
@@ -175,7 +178,7 @@ class _Cut(NamedTuple):
 
 
 class _Round:
-    """What is sent in a round at one time, and a link in the chain of backlogs.
+    """What some members have still to be sent, and a link in the chain of backlogs.
 
     A slow reader holds on to the link it is in, and through `next` to all behind it.
     Links are freed by reference count, when the slowest reader has got past them.
@@ -334,7 +337,6 @@ class ChatServer:
         # hint: who takes _sending looks again.
         self._slow_readers: set[_Client] = set()
         self._last_link: _Round | None = None  # the end of the chain of backlogs
-        self._may_grow = False  # the round that is under way
         self._next_round = 0.0  # not before then; _deliver takes it for a hint too
 
         self._writable = _Selector()  # slow readers; an append wakes it
@@ -691,77 +693,80 @@ class ChatServer:
     def _send_round(self, entries: list[_Entry], *, may_grow: bool = False) -> None:
         """Give every member its turn: one send of all that is under way.
 
-        While the round may grow, what is appended to the log meanwhile is under way at
-        once, and until each member has had a turn since.  So a message waits for the
-        next send, not for the next round.
+        A round that may grow takes in what is appended to the log meanwhile, so that it
+        need not wait for the next one, and goes on until each member has had a turn
+        since.  It grows until somebody comes, goes, reads too slowly or is dropped.
         """
         readers = self._members - self._slow_readers
-        if not any(entry.to_others for entry in entries):  # replies, for some
-            readers &= {entry.client for entry in entries}
-            may_grow = False
-        self._may_grow = may_grow and not self._slow_readers
+        may_grow = may_grow and not self._slow_readers
         turns: Iterator[_Client] = cycle(readers)
         turn = 0  # so many there have been
         under_way: deque[tuple[int, list[_Entry]]] = deque()  # until which turn, what
-        kept: _Round | None = None  # what slow readers get later
+        kept: _Round | None = None  # for slow readers; what comes later is its end
         while entries or under_way:
             if entries:
                 began = time.monotonic()
                 joining = _who_moves(entries, _Move.JOIN)
                 leaving = _who_moves(entries, _Move.LEAVE)
-                if joining or leaving:
-                    self._may_grow = False  # so that the turns need not change again
+                if joining or leaving:  # this batch is the last one
+                    may_grow = False
                     self._members.update(joining)
                     turns = chain(islice(turns, len(readers)), joining)
                 under_way.append((turn + len(readers) + len(joining), entries))
+                may_grow_at = turn + len(readers) // GROWTHS_PER_ROUND
             this_round = _Round([entry for _, batch in under_way for entry in batch])
-            growing = self._may_grow and len(under_way) < MAX_BATCHES
+            may_grow = may_grow and len(this_round.block) < MAX_GROWING_BYTES
             until, _ = under_way[0]
-            turn += self._give_turns(islice(turns, until - turn), this_round, growing)
+            grow_after = may_grow_at - turn if may_grow else FOREVER
+            next_ones = islice(turns, until - turn)
+            given, all_took = self._give_turns(next_ones, this_round, grow_after)
+            turn += given
             if turn == until:
                 under_way.popleft()
-            if self._slow_readers and not kept:
-                kept = this_round
-            growing = growing and self._may_grow
-            entries = self._take_log() if growing and self._log else []
+            kept = kept or (this_round if self._slow_readers else None)
+            may_grow = may_grow and all_took
+            grows = may_grow and given >= grow_after and self._log
+            entries = self._take_log() if grows else []
         self._last_link = self._keep(kept) if kept else None
         for client in leaving:
             self._members.discard(client)
             self._release_if_done(client)
-        ended = time.monotonic()
         pause = self._restrain(len(kept.block)) if kept else 0.0
+        now = time.monotonic()
         if joining:
-            join_pause = min(JOIN_PAUSE * (ended - began), MAX_JOIN_PAUSE_SECONDS)
-            pause = max(pause, join_pause)
-        self._next_round = max(self._next_round, ended) + pause
+            pause = max(pause, min(JOIN_PAUSE * (now - began), MAX_JOIN_PAUSE_SECONDS))
+        self._next_round = max(self._next_round, now) + pause
 
     def _give_turns(
-        self, clients: Iterator[_Client], this_round: _Round, growing: bool
-    ) -> int:
-        """Send the round to one after the other, in a growing one until there is more.
+        self, clients: Iterator[_Client], this_round: _Round, grow_after: float
+    ) -> tuple[int, bool]:
+        """Send to one after the other; end after so many if the log has more by then.
 
-        Returns how many had their turn.
+        Returns how many had their turn, and whether they took all.
         """
         block, cuts = this_round.block, this_round.cuts
-        given = 0
+        given, all_took = 0, True
         for given, client in enumerate(clients, 1):
             data = this_round.data(client) if client in cuts else block
+            if not data:
+                continue  # replies for others, or only its own lines
             try:
                 sent = client.send(data, MSG_DONTWAIT)
             except BlockingIOError:
                 sent = 0  # it reads too slowly
             except OSError as error:
                 self._drop(client, error)
+                all_took = False
                 continue
             if sent < len(data):
                 self._hold(client, len(data) - sent)
-            if growing and self._log:
+                all_took = False
+            if given >= grow_after and self._log:
                 break
-        return given
+        return given, all_took
 
     def _hold(self, client: _Client, size: int) -> None:
         """Note that a client did not take so many bytes; _keep() keeps them for it."""
-        self._may_grow = False
         try:
             self._writable.register(client.socket, selectors.EVENT_WRITE, client)
         except OSError as error:  # the system watches no more of them
@@ -772,19 +777,18 @@ class ChatServer:
 
     def _keep(self, this_round: _Round) -> _Round:
         """Add a round to the backlogs of the slow readers; return the chain's new end."""
-        link, before = this_round, 0
+        link, before = this_round, 0  # so many bytes of the link are before this round
         if last := self._last_link:
-            before = len(last.block)
-            if last.cut_bytes + before + len(this_round.block) <= LINK_BYTES:
-                link = last
+            if last.cut_bytes + len(last.block) + len(this_round.block) <= LINK_BYTES:
+                link, before = last, len(last.block)
             else:
-                last.next, before = this_round, 0
+                last.next = this_round
                 this_round.end += last.end
         for client in self._members & self._slow_readers:
             size = len(this_round.data(client))
             if client.link:
                 client.waiting_bytes += size
-            else:  # the end of this round is what it did not take
+            else:  # since this round: what it did not take is the end of it
                 client.link, client.offset = link, before + size - client.waiting_bytes
         this_round.keep_cuts_of(self._slow_readers)
         if link is last:
@@ -858,7 +862,6 @@ class ChatServer:
         """
         if error:
             client.broken = error.strerror or str(error)
-        self._may_grow = False
         self._members.discard(client)
         if client in self._slow_readers:
             self._forget_backlog(client)
@@ -1185,14 +1188,18 @@ def _raise_open_file_limit(clients: int) -> None:
 
 
 def _stay_on_one_processor() -> None:
-    """Run all threads on one of the processors that are allowed, where that is possible.
+    """Run all threads that are started from here on on one processor, where possible.
 
-    Of the threads that hold the interpreter lock in turn only one can run, and to wake
-    the next one on another processor takes longer than what it does: with a thousand
-    joins at once, all of them take a third longer on two processors than on one.
+    Only one of them has the interpreter lock, and to hand it on to another processor
+    takes longer than what is mostly done with it: on two, a thousand joins at once take
+    half as long again.  What is lost is that the kernel's part of a send and of a
+    recv could run at once.
     """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return  # a Python without that lock
     try:
         allowed = os.sched_getaffinity(0)
+        # Any of them: another server should not have to share it.
         os.sched_setaffinity(0, {random.choice(tuple(allowed))})
     except (AttributeError, OSError):
         pass  # the system has no such thing, or does not let us
@@ -1240,7 +1247,7 @@ def main() -> int:
         return 1
 
     _stop_on_signals(server)
-    _stay_on_one_processor()
+    _stay_on_one_processor()  # the first of the other threads is the log writer's
     # A thread that computes makes every send wait this long for the interpreter lock.
     sys.setswitchinterval(0.0005)
     writer = LogWriter(screen, encoding)

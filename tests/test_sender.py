@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ STEPS = 60  # for each of them
 
 
 class Socket:
-    """Stands for a client's socket; its own line and the others' tell of a client."""
+    """Stands for a client's socket, and knows what it should have got."""
 
     def __init__(self, stage: Stage, name: str) -> None:
         self.stage = stage
@@ -32,8 +33,8 @@ class Socket:
         self.client.name = name
         self.client.send = self.send  # type: ignore[assignment]
         self.there = False  # as the log has it
-        self.failed = False
-        self.broken = False
+        self.failed = False  # as if reset by its peer
+        self.broken = False  # shut down by the server
 
     def send(self, data: bytes | memoryview, _flags: int) -> int:
         self.stage.during_a_send()
@@ -77,15 +78,22 @@ class Stage:
         self.during_a_send: Callable[[], None] = lambda: None
         self.takes: Callable[[Socket, int], int] = lambda _, size: size
 
-    def append(self, socket: Socket, to_others: str, to_self: str, move: str) -> None:
-        socket.there |= move == "JOIN"
+    def append(
+        self, socket: Socket | None, to_others: str, to_self: str, move: str
+    ) -> None:
+        if socket:
+            socket.there |= move == "JOIN"
         for other in self.sockets:
             if other.there:
                 seen = to_self if other is socket else to_others
                 other.expected += seen.encode()
-        socket.there &= move != "LEAVE"
+        if socket:
+            socket.there &= move != "LEAVE"
         entry = server._Entry(
-            socket.client, to_others.encode(), to_self.encode(), server._Move[move]
+            socket.client if socket else None,
+            to_others.encode(),
+            to_self.encode(),
+            server._Move[move],
         )
         with self.chat._lock:
             self.chat._append(entry)
@@ -198,55 +206,93 @@ def test_everybody_gets_what_the_log_says_whatever_happens_in_a_round(
     assert all(not s.client.cut_bytes and not s.client.link for s in stage.sockets)
 
 
-@pytest.fixture
-def members(stage: Stage) -> list[Socket]:
-    """Return more members than batches may be under way."""
-    members = [stage.join(f"n{i}") for i in range(server.MAX_BATCHES + 3)]
+def crowd(stage: Stage, size: int) -> list[Socket]:
+    """Let so many join, and forget what was sent to them for that."""
+    members = [stage.join(f"n{i}") for i in range(size)]
     stage.play_round()
     stage.sends.clear()
+    stage.chat._next_round = 0.0  # no pause after the joins
     return members
 
 
-def say_one_in_each_send(stage: Stage, author: Socket, texts: list[str]) -> None:
+def notice_in_each_send(stage: Stage, texts: Iterable[str]) -> None:
     left = iter(texts)
 
-    def say_one() -> None:
-        if text := next(left, ""):
-            stage.say(author, text)
+    def send_one() -> None:
+        for text in islice(left, 1):
+            stage.append(None, f"* {text}\n", "", "NONE")
 
-    stage.during_a_send = say_one
+    stage.during_a_send = send_one
 
 
-def test_what_is_said_in_a_round_goes_to_the_next_member_at_once(
-    stage: Stage, members: list[Socket]
-) -> None:
-    author, *readers = members
-    stage.say(author, "one")
-    say_one_in_each_send(stage, author, ["two"])
+def lines_of_each_send(stage: Stage) -> list[int]:
+    return [data.count(b"\n") for _, data in stage.sends]
+
+
+def test_what_is_said_in_a_round_goes_to_the_next_member_at_once(stage: Stage) -> None:
+    crowd(stage, 5)
+    stage.append(None, "* one\n", "", "NONE")
+    notice_in_each_send(stage, ["two"])
 
     stage.play_round()
 
-    assert all(reader.got.endswith(b"n0: one\nn0: two\n") for reader in readers)
-    first_sends = [data for socket, data in stage.sends if socket is not author]
-    assert first_sends.count(b"n0: one\nn0: two\n") >= len(readers) - 1
+    # The first one has had its turn, and gets another one.
+    assert lines_of_each_send(stage) == [1, 2, 2, 2, 2, 1]
 
 
-def test_the_rounds_of_the_broadcaster_grow(
-    stage: Stage, members: list[Socket]
-) -> None:
-    author, *readers = members
-    stage.say(author, "one")
-    say_one_in_each_send(stage, author, ["two"])
-    stage.chat._next_round = 0.0  # no pause after the joins
+def test_the_rounds_of_the_broadcaster_grow(stage: Stage) -> None:
+    crowd(stage, 5)
+    stage.append(None, "* one\n", "", "NONE")
+    notice_in_each_send(stage, ["two"])
 
     stage.chat._send_all()
 
-    assert len(stage.sends) <= len(members) + 2
-    assert all(reader.got.endswith(b"n0: one\nn0: two\n") for reader in readers)
+    assert lines_of_each_send(stage) == [1, 2, 2, 2, 2, 1]
 
 
-def test_a_reply_is_sent_to_nobody_else(stage: Stage, members: list[Socket]) -> None:
-    author = members[0]
+def test_the_round_of_a_handler_does_not_grow(stage: Stage) -> None:
+    crowd(stage, 5)
+    stage.append(None, "* one\n", "", "NONE")
+    notice_in_each_send(stage, ["two"])
+
+    stage.play_round(may_grow=False)
+
+    assert lines_of_each_send(stage) == [1, 1, 1, 1, 1]
+    assert stage.chat._log
+
+
+def test_a_round_grows_so_often_while_each_member_has_one_turn(stage: Stage) -> None:
+    turns_between = 3
+    members = turns_between * server.GROWTHS_PER_ROUND
+    crowd(stage, members)
+    stage.append(None, "* 0\n", "", "NONE")
+    notice_in_each_send(stage, map(str, range(1, members)))
+
+    stage.play_round()
+
+    assert lines_of_each_send(stage)[:members] == [
+        1 + turns_between * (turn // turns_between) for turn in range(members)
+    ]
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_round_grows_while_less_than_so_many_bytes_are_under_way(
+    stage: Stage, more: int
+) -> None:
+    crowd(stage, 5)
+    text = "x" * (server.MAX_GROWING_BYTES + more - len("* \n"))
+    stage.append(None, f"* {text}\n", "", "NONE")
+    notice_in_each_send(stage, ["two"])
+
+    stage.play_round()
+
+    grown = more < 0
+    assert lines_of_each_send(stage) == ([1, 2, 2, 2, 2, 1] if grown else [1] * 5)
+    assert bool(stage.chat._log) is not grown
+
+
+def test_a_reply_is_sent_to_nobody_else(stage: Stage) -> None:
+    author, *_ = crowd(stage, 5)
     stage.say(author, "", "! no\n")
 
     stage.play_round()
@@ -254,31 +300,14 @@ def test_a_reply_is_sent_to_nobody_else(stage: Stage, members: list[Socket]) -> 
     assert stage.sends == [(author, b"! no\n")]
 
 
-def test_the_round_of_a_handler_does_not_grow(
-    stage: Stage, members: list[Socket]
-) -> None:
-    author, *readers = members
-    stage.say(author, "one")
-    say_one_in_each_send(stage, author, ["two"])
-
-    stage.play_round(may_grow=False)
-
-    assert all(reader.got.endswith(b"n0: one\n") for reader in readers)
-    assert stage.chat._log
-
-
-@pytest.mark.parametrize("batches", [-1, 0, 1])
-def test_so_many_batches_are_under_way_at_a_time(
-    stage: Stage, members: list[Socket], batches: int
-) -> None:
-    author = members[0]
-    said = server.MAX_BATCHES + batches
-    stage.say(author, "0")
-    say_one_in_each_send(stage, author, [str(i) for i in range(1, said)])
+def test_a_reply_that_joins_a_round_is_sent_to_nobody_else(stage: Stage) -> None:
+    author, *others = crowd(stage, 5)
+    stage.append(None, "* one\n", "", "NONE")
+    refusals = iter(["! no\n"])
+    stage.during_a_send = lambda: stage.say(author, "", next(refusals, ""))
 
     stage.play_round()
 
-    for turn, (socket, data) in enumerate(stage.sends[: len(members)]):
-        under_way = min(turn + 1, said, server.MAX_BATCHES)
-        assert data.count(b"\n") == (under_way if socket is not author else 0)
-    assert not stage.chat._log
+    assert all(data for _, data in stage.sends)
+    assert author.got.endswith(b"* one\n! no\n")
+    assert sum(socket in others for socket, _ in stage.sends) == len(others)

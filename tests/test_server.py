@@ -1062,16 +1062,21 @@ def test_the_server_raises_its_own_limit_of_open_files(
     assert "full" in chat.connect().line()
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity"), reason="the system has no such thing"
-)
+@needs_proc
 def test_the_server_stays_on_one_processor(start_server: StartServer) -> None:
+    here = os.sched_getaffinity(0)
+    if len(here) == 1:
+        pytest.skip("there is only one processor")
     chat = start_server()
+    chat.members("Alex", "Bob")
 
-    allowed = os.sched_getaffinity(chat.process.pid)
+    threads = Path(f"/proc/{chat.process.pid}/task").iterdir()
+    allowed = [os.sched_getaffinity(int(thread.name)) for thread in threads]
 
-    assert len(allowed) == 1
-    assert allowed <= os.sched_getaffinity(0)
+    assert len(allowed) >= 5
+    assert allowed[0] < here
+    assert all(len(processors) == 1 for processors in allowed)
+    assert len(set(map(frozenset, allowed))) == 1
 
 
 def test_the_server_runs_where_it_may_not_choose_a_processor(
