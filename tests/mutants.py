@@ -387,7 +387,7 @@ SERVER_MUTANTS = [
     Mutant(
         "growth-waits-for-the-round",
         "server.py",
-        "            if growing and self._log:\n                break\n",
+        "            if given >= grow_after and self._log:\n                break\n",
         "",
         "test_what_is_said_in_a_round_goes_to_the_next_member_at_once",
     ),
@@ -408,24 +408,23 @@ SERVER_MUTANTS = [
     Mutant(
         "slow-readers-get-the-latest-only",
         "server.py",
-        "            if self._slow_readers and not kept:\n",
-        "            if self._slow_readers:\n",
+        "kept = kept or (this_round if self._slow_readers else None)",
+        "kept = this_round if self._slow_readers else None",
         "test_everybody_gets_what_the_log_says",
     ),
     Mutant(
         "growth-goes-on-with-slow-readers",
         "server.py",
-        "        self._may_grow = False\n        try:\n"
-        "            self._writable.register",
-        "        try:\n            self._writable.register",
+        "                self._hold(client, len(data) - sent)\n"
+        "                all_took = False\n",
+        "                self._hold(client, len(data) - sent)\n",
         "test_everybody_gets_what_the_log_says",
     ),
     Mutant(
         "growth-goes-on-with-the-dropped",
         "server.py",
-        "        self._may_grow = False\n        self._members.discard(client)\n"
-        "        if client",
-        "        self._members.discard(client)\n        if client",
+        "                self._drop(client, error)\n                all_took = False\n",
+        "                self._drop(client, error)\n",
         "test_everybody_gets_what_the_log_says",
     ),
     Mutant(
@@ -436,24 +435,31 @@ SERVER_MUTANTS = [
         "test_everybody_gets_what_the_log_says",
     ),
     Mutant(
-        "replies-disturb-everybody",
+        "empty-sends",
         "server.py",
-        "            readers &= {entry.client for entry in entries}\n",
-        "",
-        "test_a_reply_is_sent_to_nobody_else",
+        "            if not data:\n                continue  # replies for others",
+        "            if False:\n                continue  # replies for others",
+        "test_a_reply_is_sent_to_nobody_else or test_a_reply_that_joins_a_round",
     ),
     Mutant(
-        "one-batch-more",
+        "growth-at-every-turn",
         "server.py",
-        "growing = self._may_grow and len(under_way) < MAX_BATCHES",
-        "growing = self._may_grow and len(under_way) <= MAX_BATCHES",
-        "test_so_many_batches_are_under_way_at_a_time",
+        "may_grow_at = turn + len(readers) // GROWTHS_PER_ROUND",
+        "may_grow_at = turn",
+        "test_a_round_grows_so_often_while_each_member_has_one_turn",
+    ),
+    Mutant(
+        "growth-without-end",
+        "server.py",
+        "may_grow and len(this_round.block) < MAX_GROWING_BYTES",
+        "may_grow and len(this_round.block) <= MAX_GROWING_BYTES",
+        "test_a_round_grows_while_less_than_so_many_bytes_are_under_way",
     ),
     Mutant(
         "any-processor",
         "server.py",
-        "    _stay_on_one_processor()\n    # A",
-        "    # A",
+        "    _stay_on_one_processor()  # the first",
+        "    # the first",
         "test_the_server_stays_on_one_processor",
     ),
     Mutant(
@@ -497,15 +503,15 @@ SERVER_MUTANTS = [
     Mutant(
         "each-round-a-link",
         "server.py",
-        "if last.cut_bytes + before + len(this_round.block) <= LINK_BYTES:",
+        "if last.cut_bytes + len(last.block) + len(this_round.block) <= LINK_BYTES:",
         "if False:",
         "test_what_waits_costs_little_more_than_its_bytes",
     ),
     Mutant(
         "links-of-refusals-without-end",
         "server.py",
-        "if last.cut_bytes + before + len(this_round.block) <= LINK_BYTES:",
-        "if before + len(this_round.block) <= LINK_BYTES:",
+        "if last.cut_bytes + len(last.block) + len(this_round.block) <= LINK_BYTES:",
+        "if len(last.block) + len(this_round.block) <= LINK_BYTES:",
         "test_refusals_that_have_been_read_do_not_count",
     ),
     Mutant(
