@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import enum
 import logging
+import math
 import os
 import random
 import select
@@ -54,10 +55,10 @@ RECEIVE_BYTES = 4096
 # From one client, in one entry of the log: each line gets a name, of up to 128 bytes,
 # and so a recv() of short ones could fill all of the log.
 MAX_LINES_AT_ONCE = 128
-# So often a round takes in what is said meanwhile, while each member has one turn.  Each
-# time costs some microseconds.
+# So often at most a round takes in what is said meanwhile, while each member has one
+# turn.  Each time costs some microseconds.
 GROWTHS_PER_ROUND = 8
-# A round with more under way does not grow: this is for the quick passing on of little.
+# A round in which everybody gets as much does not grow: it is to pass on little quickly.
 MAX_GROWING_BYTES = 64 * 1024
 # After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
 PIECE_PAUSE_SECONDS = 0.0001
@@ -75,7 +76,7 @@ MAX_LOG_BYTES = 256 * 1024
 FULL_ROUND_SECONDS = 0.08
 # Pauses shorter than this are added up: no timer is that fine.
 ROUND_SLACK_SECONDS = 0.002
-# After a round that tells of joins: so many times as long as it took, so that in a
+# After a round that tells of joins: so many times as long as that took, so that in a
 # storm of them one round tells of many, and the time goes into joining, not telling.
 JOIN_PAUSE = 4
 MAX_JOIN_PAUSE_SECONDS = 0.02
@@ -693,9 +694,9 @@ class ChatServer:
     def _send_round(self, entries: list[_Entry], *, may_grow: bool = False) -> None:
         """Give every member its turn: one send of all that is under way.
 
-        A round that may grow takes in what is appended to the log meanwhile, so that it
-        need not wait for the next one, and goes on until each member has had a turn
-        since.  It grows until somebody comes, goes, reads too slowly or is dropped.
+        A round that may grow takes in what is appended to the log meanwhile, and goes
+        on until each member has had a turn since.  It grows until much is under way, or
+        somebody comes, goes, reads too slowly or is dropped.
         """
         readers = self._members - self._slow_readers
         may_grow = may_grow and not self._slow_readers
@@ -713,7 +714,7 @@ class ChatServer:
                     self._members.update(joining)
                     turns = chain(islice(turns, len(readers)), joining)
                 under_way.append((turn + len(readers) + len(joining), entries))
-                may_grow_at = turn + len(readers) // GROWTHS_PER_ROUND
+                may_grow_at = turn + math.ceil(len(readers) / GROWTHS_PER_ROUND)
             this_round = _Round([entry for _, batch in under_way for entry in batch])
             may_grow = may_grow and len(this_round.block) < MAX_GROWING_BYTES
             until, _ = under_way[0]

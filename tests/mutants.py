@@ -444,7 +444,7 @@ SERVER_MUTANTS = [
     Mutant(
         "growth-at-every-turn",
         "server.py",
-        "may_grow_at = turn + len(readers) // GROWTHS_PER_ROUND",
+        "may_grow_at = turn + math.ceil(len(readers) / GROWTHS_PER_ROUND)",
         "may_grow_at = turn",
         "test_a_round_grows_so_often_while_each_member_has_one_turn",
     ),

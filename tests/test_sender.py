@@ -261,9 +261,11 @@ def test_the_round_of_a_handler_does_not_grow(stage: Stage) -> None:
     assert stage.chat._log
 
 
-def test_a_round_grows_so_often_while_each_member_has_one_turn(stage: Stage) -> None:
-    turns_between = 3
-    members = turns_between * server.GROWTHS_PER_ROUND
+@pytest.mark.parametrize(("more", "turns_between"), [(-1, 3), (0, 3), (1, 4)])
+def test_a_round_grows_so_often_while_each_member_has_one_turn(
+    stage: Stage, more: int, turns_between: int
+) -> None:
+    members = 3 * server.GROWTHS_PER_ROUND + more
     crowd(stage, members)
     stage.append(None, "* 0\n", "", "NONE")
     notice_in_each_send(stage, map(str, range(1, members)))
