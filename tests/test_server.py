@@ -1079,6 +1079,20 @@ def test_the_server_stays_on_one_processor(start_server: StartServer) -> None:
     assert len(set(map(frozenset, allowed))) == 1
 
 
+def test_a_python_without_an_interpreter_lock_uses_all_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[object] = []
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    monkeypatch.setattr(
+        os, "sched_setaffinity", lambda *_: chosen.append(_), raising=False
+    )
+
+    server._stay_on_one_processor()
+
+    assert not chosen
+
+
 def test_the_server_runs_where_it_may_not_choose_a_processor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
