@@ -762,7 +762,7 @@ class ChatServer:
             if sent < len(data):
                 self._hold(client, len(data) - sent)
                 all_took = False
-            if given >= grow_after and self._log:
+            if self._log and given >= grow_after:
                 break
         return given, all_took
 

@@ -387,7 +387,7 @@ SERVER_MUTANTS = [
     Mutant(
         "growth-waits-for-the-round",
         "server.py",
-        "            if given >= grow_after and self._log:\n                break\n",
+        "            if self._log and given >= grow_after:\n                break\n",
         "",
         "test_what_is_said_in_a_round_goes_to_the_next_member_at_once",
     ),
