@@ -59,7 +59,7 @@ MAX_LINES_AT_ONCE = 128
 # turn.  Each time costs some microseconds.
 GROWTHS_PER_ROUND = 8
 # A round in which everybody gets as much does not grow: it is to pass on little quickly.
-MAX_GROWING_BYTES = 64 * 1024
+MAX_GROWING_BYTES = 16 * 1024
 # After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
 PIECE_PAUSE_SECONDS = 0.0001
 # What may wait for one member.  The blocks are shared: all slow readers together hold
