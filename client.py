@@ -121,7 +121,7 @@ class ChatClient:
                 continue
             self._terminal.show(f"Joining the chat as {name}...")
             reply = self._send_name(name)
-            if _says_full(reply, name):
+            if _says_full(reply):
                 raise ConnectionLost(f"! {reply.text}")
             self._terminal.show(reply)
             if reply.mark == "*":
@@ -259,14 +259,8 @@ class ChatClient:
         self._terminal.wake()
 
 
-# The word, and not a part of a name such as Fuller or full-moon.
-_FULL = re.compile(r"(?<![\w.-])full(?![.-]?\w)", re.IGNORECASE)
-
-
-def _says_full(line: ServerLine, name: str = "") -> bool:
-    """Tell whether a line refuses for want of room, and not a name that is "full"."""
-    named_so = _FULL.search(protocol.name_key(name))
-    return line.mark == "!" and bool(_FULL.search(line.text)) and not named_so
+def _says_full(line: ServerLine) -> bool:
+    return line.mark == "!" and line.text.startswith(protocol.FULL)
 
 
 def _unread_bytes(client_socket: socket.socket) -> int:
@@ -804,25 +798,17 @@ def _window(before: str, after: str, columns: int, rows: int) -> _Line:
 # --- the program --------------------------------------------------------------------
 
 
-class _ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
-
-
 def _parse_arguments() -> argparse.Namespace:
-    parser = _ArgumentParser(
-        description="Join a chat room over plain TCP.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--host", default=protocol.DEFAULT_HOST, help="the server's name or address"
-    )
-    parser.add_argument(
-        "--port", type=protocol.whole_number(1, 65535), default=protocol.DEFAULT_PORT,
-        help="the server's TCP port, 1 to 65535",
+    flags = protocol.CommandLine("Join a chat room over plain TCP.")
+    flags.add_argument(
+        "--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
+        help="the server's name or address",
     )  # fmt: skip
-    return parser.parse_args()
+    flags.add_number(
+        "--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
+        help="the server's TCP port",
+    )  # fmt: skip
+    return flags.parse_args()
 
 
 def _open_terminal() -> PlainTerminal:

@@ -2,18 +2,18 @@
 
 Both directions of a connection are UTF-8 in lines that end in a newline.  This module
 cuts a stream of bytes into such lines (LineSplitter), turns them into text that is safe
-to show (decode_message, clean), rules on names (check_name, name_key), tells the three
-kinds of line from the server apart (parse_server_line) and reads the numbers of flags.
-It opens no socket, starts no thread and prints nothing.
+to show (decode_message, clean), rules on names (check_name, name_key), tells commands
+from messages (split_command) and the kinds of line from the server apart
+(parse_server_line), and reads the flags that both programs have (CommandLine).  It opens
+no socket and starts no thread.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import unicodedata
-from argparse import ArgumentTypeError
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ENCODING = "utf-8"
 DEFAULT_HOST = "127.0.0.1"
@@ -29,24 +29,12 @@ MAX_NAME_CHARS = 32
 
 QUIT_LINES = frozenset({b"q", b"Q"})
 RESERVED_NAMES = frozenset({"you", "server", "q"})
+# How the refusal for want of room begins: the client need not try again at once.
+FULL = "The chat is full"
 
 
 class ProtocolError(ValueError):
     """A line that is refused; str() of it is the reason, to be shown to its author."""
-
-
-def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
-    """Return what reads the value of a flag; it raises ArgumentTypeError."""
-
-    def read(text: str) -> int:
-        # The length is looked at first: int() of very long digits takes its time.
-        number = int(text) if len(text) < 20 and text.strip().isdecimal() else -1
-        if not lowest <= number <= highest:
-            limits = f"{lowest} to {highest}"
-            raise ArgumentTypeError(f"{text!r} is not a whole number, {limits}")
-        return number
-
-    return read
 
 
 # --- bytes to lines -----------------------------------------------------------------
@@ -195,28 +183,53 @@ def _scripts(name: str) -> set[str]:
     return words | {"LATIN"} if _UNNAMED_LATIN.search(name) else words
 
 
+# --- commands -----------------------------------------------------------------------
+
+
+def split_command(text: str) -> tuple[str, str]:
+    """Return the command of a line to the server, with its slash, and the rest.
+
+    text: as decode_message returned it.  The command is in lower case, the rest trimmed
+    on the left; for a message the command is "", and the rest is what it says.
+    """
+    if not text.startswith("/"):
+        return "", text
+    if text.startswith("//"):
+        return "", text[1:]
+    command, _, rest = text.partition(" ")
+    return command.lower(), rest.lstrip()
+
+
 # --- lines from the server ----------------------------------------------------------
+
+_PRIVATE = " (private)"  # no name contains a blank
 
 
 class ServerLine(NamedTuple):
     """One line from the server, taken apart.
 
-    mark: "*" for a notice, "!" for a refusal, "" for a message.
-    name: who wrote the message; "" if nobody did.
-    text: the rest, behind "* ", "! " or "NAME: ".
+    mark: "*" for a notice, "!" for a refusal, "?" for a question whose answer nobody
+    should see, "" for a message.
+    name: the author of the message; "" if it has none.
+    text: the rest, behind the mark or the name.
+    private: the message is for the reader alone.
     """
 
     mark: str
     name: str
     text: str
+    private: bool = False
 
 
 def parse_server_line(line: str) -> ServerLine:
-    """Tell a notice, a refusal and a message apart; a line that is none has no name."""
-    if line.startswith(("* ", "! ")):
+    """Tell the kinds of line apart; one that is of no kind is a text without a name."""
+    if line.startswith(("* ", "! ", "? ")):
         return ServerLine(line[0], "", line[2:])
     name, colon, text = line.partition(": ")
-    return ServerLine("", name, text) if name and colon else ServerLine("", "", line)
+    author = name.removesuffix(_PRIVATE)
+    if not (author and colon):
+        return ServerLine("", "", line)
+    return ServerLine("", author, text, private=author != name)
 
 
 def notice(text: str) -> bytes:
@@ -227,3 +240,52 @@ def notice(text: str) -> bytes:
 def refusal(reason: object) -> bytes:
     """Return a refusal as it goes over the wire; reason: a text or a ProtocolError."""
     return encode_line(f"! {reason}")
+
+
+def question(text: str) -> bytes:
+    """Return a question as it goes over the wire; its answer should not be shown."""
+    return encode_line(f"? {text}")
+
+
+def private_message(author: str, text: str) -> bytes:
+    """Return a message to one member as it goes over the wire."""
+    return encode_line(f"{author}{_PRIVATE}: {text}")
+
+
+# --- the flags of both programs -----------------------------------------------------
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Reads flags; --help shows each with its default, an error is one line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add_number(
+        self, flag: str, low: int, high: int, *, default: int, metavar: str, help: str
+    ) -> None:
+        """Add a flag that takes a whole number within these limits."""
+
+        def read(text: str) -> int:
+            # The length is looked at first: int() of very long digits takes its time.
+            short = len(text) < 20 and text.strip().isdecimal()
+            if short and low <= int(text) <= high:
+                return int(text)
+            reason = f"{text!r} is not a whole number, {low} to {high}"
+            raise argparse.ArgumentTypeError(reason)
+
+        help += f"; {low} to {high}"
+        self.add_argument(flag, type=read, default=default, metavar=metavar, help=help)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line on stderr, and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
+
+
+def host_name(text: str) -> str:
+    """Return a host as a socket takes it: an IPv6 address without its brackets."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text

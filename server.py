@@ -31,7 +31,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, islice
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import protocol
 from protocol import ProtocolError
@@ -422,7 +422,7 @@ class ChatServer:
             with self._lock:
                 self._waiting.pop(client, None)
                 del self._connections[client_socket]
-            reason = "The server has no room for now, please try again later."
+            reason = f"{protocol.FULL} for now, please try again later."
             _send_at_once(client, protocol.refusal(reason))
             client_socket.close()
             raise
@@ -451,7 +451,7 @@ class ChatServer:
         with self._lock:
             client = self._connections[client_socket]
         logger.info("Refused %s: the chat is full", client)
-        reason = "The chat is full, please try again later."
+        reason = f"{protocol.FULL}, please try again later."
         _send_at_once(client, protocol.refusal(reason))
         self._close(client)
 
@@ -1135,38 +1135,27 @@ def _write_some(descriptor: int, data: memoryview) -> int:
         return 0
 
 
-class _ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
-
-
 def _parse_arguments() -> argparse.Namespace:
-    parser = _ArgumentParser(
-        description="A chat room over plain TCP. Ctrl-C ends it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--host", default=protocol.DEFAULT_HOST,
+    flags = protocol.CommandLine("A chat room over plain TCP. Ctrl-C ends it.")
+    flags.add_argument(
+        "--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
         help="name or address to listen on; 0.0.0.0 lets the whole network in",
     )  # fmt: skip
-    parser.add_argument(
-        "--port", type=protocol.whole_number(0, 65535), default=protocol.DEFAULT_PORT,
-        help="TCP port to listen on, 0 to 65535; 0 takes a free one",
+    flags.add_number(
+        "--port", 0, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
+        help="TCP port to listen on; 0 takes a free one",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-clients", type=protocol.whole_number(1, 1_000_000), default=MAX_CLIENTS,
-        metavar="N", help="connections at most, joined or not",
+    flags.add_number(
+        "--max-clients", 1, 1_000_000, default=MAX_CLIENTS, metavar="N",
+        help="connections at most, joined or not",
     )  # fmt: skip
-    parser.add_argument(
-        "--rate", type=protocol.whole_number(0, 1_000_000), default=LINES_PER_SECOND,
-        metavar="N", help="lines per second that a client may send on average, with "
-        f"bursts of up to {BURST_SECONDS} times as many; 0 means no limit",
+    flags.add_number(
+        "--rate", 0, 1_000_000, default=LINES_PER_SECOND, metavar="N",
+        help="lines per second that a client may send on average, with bursts of up to "
+        f"{BURST_SECONDS} times as many; 0 means no limit",
     )  # fmt: skip
-    parser.add_argument(
-        "--quiet", action="store_true", help="do not print what is said"
-    )
-    return parser.parse_args()
+    flags.add_argument("--quiet", action="store_true", help="do not print what is said")
+    return flags.parse_args()
 
 
 def _raise_open_file_limit(clients: int) -> None:

@@ -27,7 +27,6 @@ from helpers import (
 from terminal import Terminal
 
 import client
-from protocol import ServerLine
 
 MENU = ["1. Join the chat", "q. Leave the chat", "2. Exit the program"]
 START = ["Connected to server.", *MENU]
@@ -549,23 +548,6 @@ def test_refused_name_with_full_in_it_is_asked_for_again(
     assert status == 0
     assert "! The name full is taken." in output
     assert "Joining the chat as Alex..." in output
-
-
-@pytest.mark.parametrize(
-    ("reason", "name", "full"),
-    [
-        (FULL, "Alex", True),
-        (FULL, "l", True),
-        (FULL, "fu", True),
-        ("Server full", "full-moon", True),
-        ("The name Fuller is taken.", "Fuller", False),
-        ("The name full-moon is taken.", "full-moon", False),
-        ("The name full is taken.", "full", False),
-        ("The name FULL is taken.", "\N{FULLWIDTH LATIN CAPITAL LETTER F}ULL", False),
-    ],
-)
-def test_a_full_server_is_told_from_a_name(reason: str, name: str, full: bool) -> None:
-    assert client._says_full(ServerLine("!", "", reason), name) is full
 
 
 def test_five_refusals_of_a_name_with_full_in_it_lead_to_a_new_connection(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from argparse import ArgumentTypeError
 from itertools import combinations_with_replacement
 
 import pytest
@@ -433,6 +432,7 @@ def test_the_key_of_a_key_is_itself() -> None:
     [
         ("* Alex has joined the chat.", ("*", "", "Alex has joined the chat.")),
         ("! That name is taken.", ("!", "", "That name is taken.")),
+        ("? Which password?", ("?", "", "Which password?")),
         ("Alex: Hello", ("", "Alex", "Hello")),
         ("Alex: a: b", ("", "Alex", "a: b")),
         ("Alex: * b", ("", "Alex", "* b")),
@@ -444,23 +444,48 @@ def test_the_key_of_a_key_is_itself() -> None:
         ("*neither", ("", "", "*neither")),
         ("a:neither", ("", "", "a:neither")),
         ("", ("", "", "")),
+        ("Alex (private): psst", ("", "Alex", "psst", True)),
+        ("Alex: (private): no", ("", "Alex", "(private): no")),
+        (" (private): x", ("", "", " (private): x")),
     ],
 )
 def test_the_kinds_of_line_from_the_server_are_told_apart(
     line: str, parts: tuple[str, str, str]
 ) -> None:
-    assert protocol.parse_server_line(line) == parts
+    assert protocol.parse_server_line(line) == protocol.ServerLine(*parts)
 
 
 def test_no_name_looks_like_the_start_of_another_kind_of_line() -> None:
-    for mark in ("*", "!", "* x", "! x", "a: b"):
+    for mark in ("*", "!", "?", "* x", "! x", "? x", "a: b", "/who", "a (private)"):
         with pytest.raises(ProtocolError):
             protocol.check_name(mark)
 
 
-def test_a_notice_and_a_refusal_are_one_line_each() -> None:
+def test_each_kind_of_line_from_the_server_is_one_line() -> None:
     assert protocol.notice("Zoé has left.") == "* Zoé has left.\n".encode()
     assert protocol.refusal(ProtocolError("No.")) == b"! No.\n"
+    assert protocol.question("Password?") == b"? Password?\n"
+    assert protocol.private_message("Sam", "psst") == b"Sam (private): psst\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "command", "rest"),
+    [
+        ("Hello", "", "Hello"),
+        ("a /who", "", "a /who"),
+        (" /who", "", " /who"),
+        ("//who", "", "/who"),
+        ("///", "", "//"),
+        ("/who", "/who", ""),
+        ("/WHO ", "/who", ""),
+        ("/msg Sam  two ", "/msg", "Sam  two "),
+        ("/msg    Sam x", "/msg", "Sam x"),
+        ("/", "/", ""),
+        ("/ who", "/", "who"),
+    ],
+)
+def test_a_command_is_told_from_a_message(text: str, command: str, rest: str) -> None:
+    assert protocol.split_command(text) == (command, rest)
 
 
 def test_q_alone_leaves() -> None:
@@ -470,18 +495,36 @@ def test_q_alone_leaves() -> None:
 # --- flags --------------------------------------------------------------------------
 
 
+def read_number(text: str, lowest: int = 1) -> int:
+    flags = protocol.CommandLine("A program.")
+    flags.add_number("--number", lowest, 10, default=5, metavar="N", help="some")
+    number: int = flags.parse_args([f"--number={text}"]).number
+    return number
+
+
 @pytest.mark.parametrize(("text", "number"), [("1", 1), ("9", 9), ("10", 10)])
 def test_a_whole_number_within_its_limits_is_read(text: str, number: int) -> None:
-    assert protocol.whole_number(1, 10)(text) == number
+    assert read_number(text) == number
 
 
-@pytest.mark.parametrize("text", ["0", "11", "-1", "x", "", "1.5"])
-def test_a_number_out_of_its_limits_is_an_error(text: str) -> None:
-    with pytest.raises(ArgumentTypeError, match="1 to 10"):
-        protocol.whole_number(1, 10)(text)
+@pytest.mark.parametrize(
+    ("text", "lowest"),
+    [*[(text, 1) for text in ("0", "11", "-1", "x", "", "1.5")]]
+    + [(text, 0) for text in ("", "+1", "-1", "1.0", "0x1", "9" * 5000)],
+)
+def test_a_number_that_is_none_or_out_of_its_limits_is_one_line(
+    text: str, lowest: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read_number(text, lowest)
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is not a whole number, {lowest} to 10" in line
 
 
-@pytest.mark.parametrize("text", ["", "+1", "-1", "1.0", "0x1", "9" * 5000])
-def test_a_number_is_written_in_digits_and_not_too_long(text: str) -> None:
-    with pytest.raises(ArgumentTypeError, match="0 to 10"):
-        protocol.whole_number(0, 10)(text)
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [("[::1]", "::1"), ("::1", "::1"), ("a", "a"), ("[", "["), ("", "")],
+)
+def test_an_ipv6_address_may_have_brackets(text: str, host: str) -> None:
+    assert protocol.host_name(text) == host
