@@ -1,26 +1,33 @@
-"""The chat server: a thread per client reads, one thread at a time sends to all.
+"""The chat server: a thread per client reads, the broadcaster sends to all.
 
 Threads:
-  main          accept_connections: accepts, starts a handler each; then shuts down
-  handlers      handle_client, one per client: read, check, append to the log
-  broadcaster   sends to the members, with a handler's help where that is quicker
-  log writer    what the terminal shows
+  main          accept_connections: accepts, closes; at the end runs the shutdown
+  handlers      handle_client, one per client: read, check, append to the outbox
+  broadcaster   sends to the members; in a quiet room a handler makes a pass for it
+  recorder      writes what the terminal shows
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
-one entry to a log, under the lock.  Whoever sends at the moment takes all entries that
-wait, joins them into one block and does one non-blocking send per member: a round.
-While nobody reads too slowly, what is said meanwhile joins the broadcaster's round.
-What a socket does not take waits in a chain of blocks that all slow readers share.
+one entry to the outbox, under the lock.  The broadcaster moves all entries that are in
+the outbox to the end of one stream of bytes and makes a pass: each member gets one
+non-blocking send of what it has not had yet.  A member is a place in that stream; a slow
+reader is a member whose place is further behind.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the other imports take their time: Ctrl-C ends them without a traceback.
+    import signal
+    import sys
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.version_info < (3, 11):
+        sys.exit("server.py: needs Python 3.11 or newer (try python3.11 server.py)")
+
 import argparse
 import enum
-import logging
-import math
+import errno
 import os
-import random
 import select
 import selectors
 import signal
@@ -28,9 +35,11 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import chain, cycle, islice
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
 from typing import NamedTuple
 
 import protocol
@@ -44,109 +53,189 @@ except ImportError:  # Windows
 MAX_CLIENTS = 1000
 LINES_PER_SECOND = 100  # faster than anybody types, slow enough for others to read
 BURST_SECONDS = 10  # a burst holds the lines of so many seconds
-ALLOWANCE_PAUSE_SECONDS = 0.05  # who may not send more now is read again after that
+THROTTLE_PAUSE_SECONDS = 0.05  # a client that may not send now is read again after that
 MAX_NAMES_TRIED = 5
 MAX_NAMES_LISTED = 20
 JOIN_SECONDS = 120.0
+GONE_SECONDS = 10.0  # that a peer is read which is gone: its flood keeps no name taken
 
 # Small, so that a message is passed on before many of its kind have piled up: the 99th
 # percentile of the latency under many small senders is half of that with 64 KiB.
 RECEIVE_BYTES = 4096
-# From one client, in one entry of the log: each line gets a name, of up to 128 bytes,
-# and so a recv() of short ones could fill all of the log.
+# Of one client in one entry: each line gets a name, of up to 128 bytes, and so one
+# recv() of short lines could fill all of the outbox.
 MAX_LINES_AT_ONCE = 128
-# So often at most a round takes in what is said meanwhile, while each member has one
-# turn.  Each time costs some microseconds.
-GROWTHS_PER_ROUND = 8
-# A round in which everybody gets as much does not grow: it is to pass on little quickly.
-MAX_GROWING_BYTES = 16 * 1024
 # After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
 PIECE_PAUSE_SECONDS = 0.0001
-# What may wait for one member.  The blocks are shared: all slow readers together hold
-# this much once, not each.
-MAX_BACKLOG_BYTES = 4 * 1024 * 1024
-# Rounds that wait are joined up to this size: each takes some memory besides.
-LINK_BYTES = 16 * 1024
-CUT_BYTES = 200  # of memory, for each place where a slow reader sees something else
-# What may wait in the log for the next round.  Handlers wait for room, so that a sender
-# that is too fast is slowed by its own TCP window.
-MAX_LOG_BYTES = 256 * 1024
-# While a slow reader is near its limit, full rounds come this far apart: 3.3 MB/s.  A
-# member that reads 4 MB/s keeps up, and everybody else waits less than 100 ms.
-FULL_ROUND_SECONDS = 0.08
-# Pauses shorter than this are added up: no timer is that fine.
-ROUND_SLACK_SECONDS = 0.002
-# After a round that tells of joins: so many times as long as that took, so that in a
-# storm of them one round tells of many, and the time goes into joining, not telling.
+# What may be in the outbox.  Handlers wait for room, so that a sender that is too fast
+# is slowed by its own TCP window.
+MAX_OUTBOX_BYTES = 256 * 1024
+# What one member may have still to be sent.  The stream is shared: all slow readers
+# together hold this much once, not each.
+MAX_UNSENT_BYTES = 4 * 1024 * 1024
+SPOT_BYTES = 200  # of memory, for each place where a member sees its own face
+ENTRY_BYTES = 200  # the same, for each entry of the outbox
+TURN_BYTES = 256 * 1024  # that one send offers at most: all of a full outbox
+# So often a pass looks at the outbox: members whose turn is still to come get at once
+# what was said meanwhile.  With more than this under way it does not.
+LOOKS_PER_PASS = 8
+MAX_LOOK_BYTES = 16 * 1024
+# Back-pressure: while a member is near its limit, passes of a full outbox come this far
+# apart, 3.3 MB/s.  A member that reads 4 MB/s keeps up, and others wait under 100 ms.
+FULL_PASS_SECONDS = 0.08
+# After a pass that tells of joins: so many times as long as that took, so that in a
+# storm of them one pass tells of many, and the time goes into joining, not telling.
 JOIN_PAUSE = 4
 MAX_JOIN_PAUSE_SECONDS = 0.02
-# Nothing sent for so long: the room is quiet, and a handler may send itself.
-QUIET_SECONDS = 0.001
-# What one send takes from a backlog: enough for speed, little enough to be fair.
-FLUSH_BYTES = 64 * 1024
 
 LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
-SPARE_DESCRIPTORS = 64  # for all but the clients, and those who are turned away
-LINGER_SECONDS = 1.0  # for the last lines to one who leaves
+SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
+LINGER_SECONDS = 1.0  # for the last lines to a client that leaves
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
 LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
-# Lines come in bursts, and to wake a thread for each would slow those who write them.
+# Lines come in bursts, and to wake a thread for each would slow the handlers.
 GATHER_SECONDS = 0.005
+
+# What accept(2) says of a lack that may pass, and of a connection that was gone again.
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+ABORTED = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EAGAIN, errno.EINTR}
+ABORTED |= {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+ABORTED |= {errno.ENOPROTOOPT, errno.EOPNOTSUPP, getattr(errno, "ENONET", 0)}
 
 FOREVER = float("inf")
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 
-logger = logging.getLogger("chat.server")
+
+class _Spot(NamedTuple):
+    """Where a member sees its own face of an entry, and not stream[start:end]."""
+
+    start: int
+    end: int
+    face: bytes
 
 
 class _Client:
     """One connection."""
 
     __slots__ = (
-        "broken",
-        "cut_bytes",
-        "cut_off",
+        "dropped",
         "farewell",
         "join_by",
-        "link",
+        "lost",
         "name",
-        "offset",
         "peer",
+        "place",
+        "read_until",
         "released",
         "send",
         "socket",
+        "spot_bytes",
+        "spots",
         "thread",
-        "waiting_bytes",
-    )  # fmt: skip
+    )
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
         self.socket = client_socket
-        self.send = _sender(client_socket)  # for whoever sends to it
-        self.peer = peer  # "address:port", for the log
+        self.send = _sender(client_socket)
+        self.peer = peer  # "address:port"
         self.thread: threading.Thread | None = None  # its handler
         self.name = ""  # until it has joined
         self.join_by = time.monotonic() + JOIN_SECONDS
-        self.cut_off = ""  # why we have ended it: its handler stops reading
-        self.farewell = b""  # the last line to one who has not joined
-        self.broken = ""  # why sending to it failed: what it sent is still read
+        self.dropped = ""  # why we end it: its handler reads no more
+        self.farewell = b""  # the last line to a client that has not joined
+        self.lost = ""  # why sending to it fails: what it sent before is still read,
+        self.read_until = FOREVER  # but not for ever
         self.released: threading.Event | None = None  # set after the last send to it
-        # The backlog, the sender's alone: so many bytes, the first of them at `offset`
-        # of what this client sees of `link` (from the end of the round on in which it
-        # began); and what its cuts in the chain take.
-        self.waiting_bytes = 0
-        self.link: _Round | None = None
-        self.offset = 0
-        self.cut_bytes = 0
+        # The sender's own: how far this member has been sent the stream, and the spots
+        # still before it.
+        self.place = 0
+        self.spots: list[_Spot] = []
+        self.spot_bytes = 0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
 
+    def lose(self, reason: str) -> None:
+        """Note that the peer is gone for good."""
+        if not self.lost:
+            self.lost, self.read_until = reason, time.monotonic() + GONE_SECONDS
+
+    def add_spot(self, spot: _Spot) -> None:
+        """Note where this member sees something else than the others do."""
+        last = self.spots[-1] if self.spots else None
+        if last and last.end == spot.start and not spot.face:
+            self.spots[-1] = last._replace(end=spot.end)  # a flood of its own lines
+        else:
+            self.spots.append(spot)
+            self.spot_bytes += SPOT_BYTES + len(spot.face)
+
+    def unsent(self, stream: _Stream) -> bytes:
+        """Return the next bytes for this member, about TURN_BYTES at most."""
+        parts, place, room = [], self.place, TURN_BYTES
+        for start, end, face in chain(self.spots, [_Spot(stream.end, stream.end, b"")]):
+            parts.append(stream.slice(place, min(start, place + room)))
+            room -= start - place
+            if room < 0:
+                break
+            parts.append(face)
+            room -= len(face)
+            if room <= 0:
+                break
+            place = end
+        return b"".join(parts)
+
+    def advance(self, sent: int) -> None:
+        """Move this member's place past what its socket took."""
+        passed = 0
+        for start, end, face in self.spots:
+            ahead = start - self.place
+            if sent < ahead:
+                break
+            sent -= ahead
+            if sent < len(face):
+                self.place, self.spots[passed] = start, _Spot(start, end, face[sent:])
+                self.spot_bytes -= sent
+                sent = 0
+                break
+            sent -= len(face)
+            self.place = end
+            self.spot_bytes -= SPOT_BYTES + len(face)
+            passed += 1
+        del self.spots[:passed]
+        self.place += sent
+
+
+class _Stream:
+    """What some member has still to be sent.
+
+    Its bytes are addressed by their offset since the start of the server.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self.end = 0  # the offset behind the last byte
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def append(self, data: bytes) -> None:
+        self._bytes += data
+        self.end += len(data)
+
+    def slice(self, start: int, end: int) -> bytes | bytearray:
+        first = self.end - len(self._bytes)
+        return self._bytes[start - first : end - first]
+
+    def forget(self, place: int) -> None:
+        """Forget what is before this place: every member has it."""
+        del self._bytes[: place - self.end + len(self._bytes)]
+
 
 class _Move(enum.Enum):
-    """What an entry of the log changes about who is in."""
+    """What an entry changes about who is in."""
 
     NONE = enum.auto()
     JOIN = enum.auto()
@@ -154,7 +243,7 @@ class _Move(enum.Enum):
 
 
 class _Entry(NamedTuple):
-    """One entry of the log: its client sees `to_self`, everybody else `to_others`."""
+    """One entry of the outbox: its client sees `to_self`, all others `to_others`."""
 
     client: _Client | None
     to_others: bytes
@@ -162,83 +251,7 @@ class _Entry(NamedTuple):
     move: _Move = _Move.NONE
 
 
-def _who_moves(entries: list[_Entry], move: _Move) -> list[_Client]:
-    return [entry.client for entry in entries if entry.move is move and entry.client]
-
-
-class _Cut(NamedTuple):
-    """Where a client sees something else than the others do."""
-
-    start: int  # in bytes of the block
-    end: int
-    instead: bytes
-
-    def bytes_kept(self) -> int:
-        """Return how much memory it takes."""
-        return CUT_BYTES + len(self.instead)
-
-
-class _Round:
-    """What some members have still to be sent, and a link in the chain of backlogs.
-
-    A slow reader holds on to the link it is in, and through `next` to all behind it.
-    Links are freed by reference count, when the slowest reader has got past them.
-    """
-
-    __slots__ = ("block", "cut_bytes", "cuts", "end", "next")
-
-    def __init__(self, entries: list[_Entry]) -> None:
-        """Join the entries; note what those who wrote some of them see instead."""
-        self.block = b"".join([entry.to_others for entry in entries])
-        self.end = len(self.block)  # in bytes from the beginning of the chain
-        self.cuts: dict[_Client, list[_Cut]] = {}
-        self.cut_bytes = 0  # what those have taken that were kept
-        self.next: _Round | None = None
-        end = 0
-        for client, to_others, to_self, move in entries:
-            start, end = end, end + len(to_others)
-            if client:
-                first = 0 if move is _Move.JOIN else start
-                last = len(self.block) if move is _Move.LEAVE else end
-                self.cuts.setdefault(client, []).append(_Cut(first, last, to_self))
-
-    def data(self, client: _Client) -> bytes:
-        """Return the bytes that the client sees."""
-        if client not in self.cuts:
-            return self.block
-        shared, seen = memoryview(self.block), 0
-        parts: list[bytes | memoryview] = []
-        for start, end, instead in self.cuts[client]:
-            parts += shared[seen:start], instead
-            seen = end
-        return b"".join([*parts, shared[seen:]])
-
-    def keep_cuts_of(self, clients: set[_Client]) -> None:
-        """Forget what only others than these see; note what theirs take."""
-        self.cuts = {c: cuts for c, cuts in self.cuts.items() if c in clients}
-        for client, cuts in self.cuts.items():
-            kept = sum(map(_Cut.bytes_kept, cuts))
-            client.cut_bytes += kept
-            self.cut_bytes += kept
-
-    def pass_by(self, client: _Client) -> None:
-        """Forget what only this client sees."""
-        client.cut_bytes -= sum(map(_Cut.bytes_kept, self.cuts.pop(client, ())))
-
-    def append(self, later: _Round) -> None:
-        """Make the next round a part of this link: many small ones take much memory."""
-        shift = len(self.block)
-        for client, cuts in later.cuts.items():
-            self.cuts.setdefault(client, []).extend(
-                _Cut(start + shift, end + shift, instead)
-                for start, end, instead in cuts
-            )
-        self.cut_bytes += later.cut_bytes
-        self.block += later.block
-        self.end += len(later.block)
-
-
-class _Allowance:
+class _Throttle:
     """A token bucket: a client's lines, so many a second and some at once."""
 
     def __init__(self, per_second: int) -> None:
@@ -276,14 +289,13 @@ class _Selector(selectors.DefaultSelector):
         except OSError:
             pass  # full of wake-ups, or closed
 
-    def wait(self, seconds: float) -> tuple[bool, list[selectors.SelectorKey]]:
-        """Return whether it was woken, and which sockets are ready."""
+    def wait(self, seconds: float) -> list[selectors.SelectorKey]:
+        """Return the sockets that are ready; none if it was woken or time is up."""
         ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
         keys = [key for key, _ in ready if key.fileobj is not self._woken]
-        woken = len(keys) < len(ready)
-        if woken:
+        if len(keys) < len(ready):
             self._woken.recv(RECEIVE_BYTES)
-        return woken, keys
+        return keys
 
     def close(self) -> None:
         super().close()
@@ -295,8 +307,9 @@ class ChatServer:
     """The room: who is in, what is still to be sent, and the threads that do it.
 
     Creating it binds and listens; serve() does the rest.  port: 0 takes a free one.
-    lines_per_second: 0 is no limit.  Raises OSError if the host is unknown or the port
-    is taken.
+    lines_per_second: 0 is no limit.  tell: takes what is for the server's terminal, one
+    line or several, and never waits.  Raises OSError or UnicodeError if the host is
+    unknown, OSError if the port is taken.
     """
 
     def __init__(
@@ -306,47 +319,59 @@ class ChatServer:
         *,
         max_clients: int = MAX_CLIENTS,
         lines_per_second: int = LINES_PER_SECOND,
-        log_messages: bool = True,
+        tell_messages: bool = True,
+        tell: Callable[[str], None] = lambda lines: None,
     ) -> None:
         self._max_clients = max_clients
         self._lines_per_second = lines_per_second
-        self._log_messages = log_messages
+        self._tell_messages = tell_messages
+        self._tell = tell
+        self.failed = False  # an exception that nobody expected ended the server
+        self._stopping = False
+
+        # The main thread's own.
         self._listener = _listen(host, port)
         self.address = _format_address(self._listener.getsockname())
-        self._arrivals = _Selector()  # for accept_connections(); stop() wakes it
-        self._arrivals.register(self._listener, selectors.EVENT_READ)
-        self.stop_sender = self._arrivals.waker
+        self._accept_at = FOREVER  # when to try again, after something has run out
+        self._exhausted = False  # it has, and the terminal was told
+        # Connections that we have ended, until the peer ends them too: socket → the
+        # time at which we wait no longer, the earliest first.
+        self._lingering: dict[socket.socket, float] = {}
+        self._arrivals = _Selector()  # the listener and the lingering; stop() wakes it
+        self._arrivals.register(self._listener, selectors.EVENT_READ, self._accept_one)
+        self.waker = self._arrivals.waker  # for signals: any byte will do
+
+        # Handlers hand over the connections that have ended to the main thread here.
+        self._ended: deque[socket.socket] = deque()
 
         # Guards the names below, which change together.  Held for table operations
-        # only: never while sending, receiving, joining a thread or logging.
+        # only: never while sending, receiving or joining a thread.
         self._lock = threading.Lock()
         self.clients: dict[str, socket.socket] = {}  # username → socket
-        self._keys: set[str] = set()  # of the names in clients, as they are compared
-        self._waiting: dict[_Client, None] = {}  # not joined yet, in order of arrival
-        self._connections: dict[socket.socket, _Client] = {}  # all that are not closed
-        self._log: list[_Entry] = []  # what no sender has taken yet
-        self._log_bytes = 0
-        self._closing = threading.Event()  # set under the lock: the log is complete
-        self._room_in_log = threading.Condition(self._lock)
-        self._all_closed = threading.Condition(self._lock)
+        self._owners: dict[str, _Client] = {}  # name_key() of these → who has the name
+        self._unjoined: dict[_Client, None] = {}  # in order of arrival
+        self._connections: dict[socket.socket, _Client] = {}  # all with a handler
+        self._outbox: list[_Entry] = []
+        self._outbox_bytes = 0
+        self._outbox_closed = threading.Event()  # set under the lock
+        self._room_in_outbox = threading.Condition(self._lock)
+        self._asleep = False  # the sender: the next append has to wake it
 
         # Whoever holds this is the sender, and owns the names below: the broadcaster,
-        # or a handler for one round.  Taken before _lock, never after it.
+        # or a handler for one pass.  Taken before _lock, never after it.
         self._sending = threading.Lock()
-        self._members: set[_Client] = set()
-        # Those with a backlog.  _deliver only asks if there are any, and takes it for a
-        # hint: who takes _sending looks again.
-        self._slow_readers: set[_Client] = set()
-        self._last_link: _Round | None = None  # the end of the chain of backlogs
-        self._next_round = 0.0  # not before then; _deliver takes it for a hint too
-
-        self._writable = _Selector()  # slow readers; an append wakes it
-        self._asleep = False  # the log was empty when its sender last looked
-        self._give_up_at = FOREVER  # set before _closing is
+        self._stream = _Stream()
+        self._members: dict[_Client, None] = {}
+        self._slow: dict[_Client, None] = {}  # members whose sockets are full
+        self._writable = _Selector()  # waits until they are not; an append wakes it
+        self._pass_again = False  # some members had their turn before the last look
+        self._passed = 0  # the place that all but the slow ones have got to
+        self._pass_at = 0.0  # no pass before then
+        self._give_up_at = FOREVER  # set before the outbox is closed
         self._all_sent = threading.Event()  # the last send to anybody is done
 
     def serve(self) -> None:
-        """Run the chat until stop() is called or a byte is sent to stop_sender."""
+        """Run the chat until stop() is called; `failed` tells whether a bug did."""
         broadcaster = threading.Thread(target=self._broadcast, name="broadcaster")
         broadcaster.start()
         try:
@@ -356,76 +381,77 @@ class ChatServer:
 
     def stop(self) -> None:
         """Make serve() shut down in order and return.  For any thread, at any time."""
+        self._stopping = True
         self._arrivals.wake()
 
-    # --- connections come -----------------------------------------------------------
+    # --- connections come and go: the main thread -------------------------------------
 
     def accept_connections(self) -> None:
         """Accept clients until told to stop; each one gets a thread of its own.
 
-        Out of file descriptors or memory, it leaves the connections that come in the
-        listener's queue and tries again a little later.  Out of threads, it turns away
-        one at a time.
+        Out of file descriptors, memory or threads, it leaves the connections that come
+        in the listener's queue and tries again a little later.
         """
-        exhausted = False
-        while True:
-            stopped, arrivals = self._arrivals.wait(self._send_away_late_ones())
-            if stopped:
-                return
-            try:
-                if arrivals:
-                    self._accept_one()
-                    exhausted = False
-            except (BlockingIOError, ConnectionAbortedError):
-                pass  # it was gone again
-            except (OSError, RuntimeError) as error:
-                if not exhausted:
-                    logger.warning("Cannot take new clients for now: %s", error)
-                exhausted = True
-                # The listener stays readable: without a pause this would spin.
-                self._arrivals.unregister(self._listener)
-                self._arrivals.select(ACCEPT_PAUSE_SECONDS)
-                self._arrivals.register(self._listener, selectors.EVENT_READ)
+        while not self._stopping:
+            self._attend(FOREVER)
 
-    def _send_away_late_ones(self) -> float:
-        """End those whose time to join is up; return the seconds until the next is."""
+    def _attend(self, seconds: float) -> None:
+        """Wait, so long at most, for something to happen to a connection; see to it."""
+        seconds = min(seconds, self._meet_deadlines())
+        for key in self._arrivals.wait(seconds):
+            key.data(key.fileobj)
+
+    def _meet_deadlines(self) -> float:
+        """Do what is due; return the seconds until more will be."""
+        now = time.monotonic()
+        if now >= self._accept_at:
+            self._accept_at = FOREVER
+            self._arrivals.register(
+                self._listener, selectors.EVENT_READ, self._accept_one
+            )
+        while self._ended:
+            self._linger(self._ended.popleft(), now + LINGER_SECONDS)
+        while (close_at := min(self._lingering.values(), default=FOREVER)) <= now:
+            self._close(next(iter(self._lingering)))
         with self._lock:
-            while longest_waiting := next(iter(self._waiting), None):
-                seconds = longest_waiting.join_by - time.monotonic()
-                if seconds > 0:
-                    return seconds
-                self._send_away(
-                    longest_waiting,
+            while (
+                client := next(iter(self._unjoined), None)
+            ) and client.join_by <= now:
+                self._drop_unjoined(
+                    client,
                     "it has not joined in time",
                     f"You have not joined within {JOIN_SECONDS:.0f} seconds.",
                 )
-        return FOREVER
+            join_by = client.join_by if client else FOREVER
+        return min(self._accept_at, close_at, join_by) - now
 
-    def _send_away(self, client: _Client, why: str, reason: str) -> None:
-        """End one who has not joined: `why` is for the log, `reason` for the client.
-
-        Caller holds _lock.
-        """
-        del self._waiting[client]
-        client.cut_off = why
-        client.farewell = protocol.refusal(reason)
-        _shut(client.socket, socket.SHUT_RD)  # its handler says farewell
-
-    def _accept_one(self) -> None:
-        client_socket, address = self._listener.accept()
-        client = _Client(client_socket, _format_address(address))
-        handler = self.handle_client if self._make_room(client) else self._turn_away
-        client.thread = threading.Thread(target=handler, args=(client_socket,))
+    def _accept_one(self, listener: socket.socket) -> None:
         try:
-            client.thread.start()
-        except RuntimeError:  # the system has no more threads
-            with self._lock:
-                self._waiting.pop(client, None)
-                del self._connections[client_socket]
-            reason = f"{protocol.FULL} for now, please try again later."
-            _send_at_once(client, protocol.refusal(reason))
+            client_socket, address = listener.accept()
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self._accept_later(error)
+            elif error.errno not in ABORTED:
+                raise
+            return
+        if not address:  # macOS has none for a peer that is gone again
             client_socket.close()
-            raise
+            return
+        client = _Client(client_socket, _format_address(address))
+        if not self._make_room(client):
+            self._turn_away(client, "please try again later")
+            return
+        handler = threading.Thread(target=self.handle_client, args=(client_socket,))
+        client.thread = handler
+        try:
+            handler.start()
+            self._exhausted = False
+        except RuntimeError as error:  # the system has no more threads
+            with self._lock:
+                self._unjoined.pop(client, None)
+                del self._connections[client_socket]
+            self._turn_away(client, "it cannot serve more for now")
+            self._accept_later(error)
 
     def _make_room(self, client: _Client) -> bool:
         """Enter a new connection, in place of one that has not joined if need be.
@@ -433,76 +459,131 @@ class ChatServer:
         Returns False if the chat is full of members.
         """
         with self._lock:
-            self._connections[client.socket] = client
-            if len(self.clients) + len(self._waiting) >= self._max_clients:
-                longest_waiting = next(iter(self._waiting), None)
+            if len(self.clients) + len(self._unjoined) >= self._max_clients:
+                longest_waiting = next(iter(self._unjoined), None)
                 if longest_waiting is None:
                     return False
-                self._send_away(
+                self._drop_unjoined(
                     longest_waiting,
                     "it had not joined, and others need the room",
                     "Others need the room, and you have not joined.",
                 )
-            self._waiting[client] = None
+            self._connections[client.socket] = client
+            self._unjoined[client] = None
         return True
 
-    def _turn_away(self, client_socket: socket.socket) -> None:
-        """Tell a client that the chat is full.  Runs in its handler's place."""
-        with self._lock:
-            client = self._connections[client_socket]
-        logger.info("Refused %s: the chat is full", client)
-        reason = f"{protocol.FULL}, please try again later."
-        _send_at_once(client, protocol.refusal(reason))
-        self._close(client)
+    def _drop_unjoined(self, client: _Client, why: str, reason: str) -> None:
+        """End one that has not joined: `why` is for the terminal, `reason` for it.
 
-    # --- one client -----------------------------------------------------------------
+        Caller holds _lock.
+        """
+        del self._unjoined[client]
+        client.dropped = why
+        client.farewell = protocol.refusal(reason)
+        _shut(client.socket, socket.SHUT_RD)  # wakes its handler, which says farewell
+
+    def _turn_away(self, client: _Client, advice: str) -> None:
+        """Tell a newcomer that there is no room; it gets no thread."""
+        self._tell(f"Refused {client}: the chat is full")
+        _send_at_once(client, protocol.refusal(f"{protocol.FULL}, {advice}."))
+        self._ended.append(client.socket)
+
+    def _accept_later(self, error: Exception) -> None:
+        """Pause accepting: the listener stays readable, and the loop would spin."""
+        if not self._exhausted:
+            self._tell(f"Cannot take new clients for now: {error}")
+        self._exhausted = True
+        self._accept_at = time.monotonic() + ACCEPT_PAUSE_SECONDS
+        self._arrivals.unregister(self._listener)
+
+    def _linger(self, client_socket: socket.socket, close_at: float) -> None:
+        """End our side of a connection, and give the peer a moment to end its own.
+
+        A close with input unread would reset the connection, and could cost the peer
+        the last lines to it.
+        """
+        _shut(client_socket, socket.SHUT_WR)
+        client_socket.setblocking(False)
+        self._lingering[client_socket] = close_at
+        self._arrivals.register(client_socket, selectors.EVENT_READ, self._drain)
+
+    def _drain(self, client_socket: socket.socket) -> None:
+        try:
+            if client_socket.recv(TURN_BYTES):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # reset: that ends it too
+        self._close(client_socket)
+
+    def _close(self, client_socket: socket.socket) -> None:
+        del self._lingering[client_socket]
+        self._arrivals.unregister(client_socket)
+        client_socket.close()
+
+    # --- one client: its handler ------------------------------------------------------
 
     def handle_client(self, client_socket: socket.socket) -> None:
         """Serve one client from its name to its end.  Runs in a thread of its own.
 
-        Reads and checks; what is to be sent to members goes into the log.
+        Reads and checks; what is to be sent to members goes into the outbox.
         """
         with self._lock:
             client = self._connections[client_socket]
-        logger.info("New connection from %s", client)
+        self._tell(f"New connection from {client}")
         try:
             _set_options(client_socket)
             lines = self._receive_lines(client)
             if self._ask_name(client, lines):
                 self._pass_on(client, lines)
         except OSError as error:
-            client.broken = error.strerror or str(error)
+            client.lose(error.strerror or str(error))
+        except Exception:
+            traceback.print_exc()  # a bug: the others go on
         finally:
-            if client.cut_off:
-                logger.info("Disconnected %s: %s", client, client.cut_off)
-            elif client.broken:
-                logger.info("Lost connection to %s: %s", client, client.broken)
-            self.remove_client(client_socket)
-            if client.farewell:
-                _send_at_once(client, client.farewell)
-            self._close(client)
+            self._end(client)
+
+    def _end(self, client: _Client) -> None:
+        """Do what is left to do for a client whose handler reads no more."""
+        if client.dropped:
+            self._tell(f"Disconnected {client}: {client.dropped}")
+        elif client.lost:
+            self._tell(f"Lost connection to {client}: {client.lost}")
+        self.remove_client(client.socket)
+        if client.farewell:
+            _send_at_once(client, client.farewell)
+        if not client.name:
+            self._tell(f"Closed connection from {client}")
+        with self._lock:
+            del self._connections[client.socket]
+        self._ended.append(client.socket)
+        self._arrivals.wake()
 
     def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
         """Yield the lines of a client as they come, no more of them than it may send.
 
         One at a time until it has joined, since what the next one means depends on it.
-        Ends with EOF, at a shutdown, and when we have cut it off.
+        Ends with EOF, at a shutdown, when we have dropped the client, and some time
+        after the peer is gone.
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-        allowance = _Allowance(self._lines_per_second)
+        throttle = _Throttle(self._lines_per_second)
         receive = client.socket.recv
-        while (chunk := receive(RECEIVE_BYTES)) and not client.cut_off:
+        while (chunk := receive(RECEIVE_BYTES)) and not client.dropped:
             lines = splitter.feed(chunk)
             if not lines and len(chunk) == RECEIVE_BYTES:
                 # A line without end is no reason to keep others from running.
-                self._closing.wait(PIECE_PAUSE_SECONDS)
-            while lines and not client.cut_off:
+                self._outbox_closed.wait(PIECE_PAUSE_SECONDS)
+            while lines:
                 most = MAX_LINES_AT_ONCE if client.name else 1
-                taken = allowance.take(min(len(lines), most))
+                taken = throttle.take(min(len(lines), most))
                 if taken:
                     yield lines[:taken]
                     del lines[:taken]
-                elif self._closing.wait(ALLOWANCE_PAUSE_SECONDS):
+                elif self._outbox_closed.wait(THROTTLE_PAUSE_SECONDS):
+                    return
+                if client.dropped or (lines and _is_read_out(client)):
                     return
 
     def _ask_name(self, client: _Client, lines: Iterator[list[bytes]]) -> bool:
@@ -517,15 +598,18 @@ class ChatServer:
                     return self._join(client, protocol.check_name(text))
             except ProtocolError as error:
                 tried += 1
-                if tried == MAX_NAMES_TRIED:
-                    self._refuse(client, f"{error} That was your last try.")
+                last = tried == MAX_NAMES_TRIED
+                tries = (
+                    f" ({tried} of {tried} tries on this connection)" if last else ""
+                )
+                self._refuse(client, f"{error}{tries}")
+                if last:
                     return False
-                self._refuse(client, error)
         return False
 
-    def _refuse(self, client: _Client, reason: object) -> None:
-        """Refuse what someone sent who is not a member yet, and so gets it at once."""
-        logger.info("Refused %s: %s", client, reason)
+    def _refuse(self, client: _Client, reason: str) -> None:
+        """Refuse a line of a client that is no member yet, and so gets this at once."""
+        self._tell(f"Refused {client}: {reason}")
         _send_at_once(client, protocol.refusal(reason))
 
     def _join(self, client: _Client, name: str) -> bool:
@@ -536,18 +620,18 @@ class ChatServer:
         key = protocol.name_key(name)
         joined = f"{name} has joined the chat."
         with self._lock:
-            if client not in self._waiting:
+            if client not in self._unjoined or self._outbox_closed.is_set():
                 return False
-            if key in self._keys:
+            if key in self._owners:
                 raise ProtocolError(f"The name {name} is taken.")
             welcome = protocol.notice(self._greeting(name))
-            del self._waiting[client]
-            self._keys.add(key)
+            del self._unjoined[client]
+            self._owners[key] = client
             self.clients[name] = client.socket
             client.name = name
-            self._append(_Entry(client, protocol.notice(joined), welcome, _Move.JOIN))
+            entry = _Entry(client, protocol.notice(joined), welcome, _Move.JOIN)
+            self._append(entry, f"User {joined}")
         self._deliver()
-        logger.info("User %s", joined)
         return True
 
     def _greeting(self, name: str) -> str:
@@ -560,415 +644,356 @@ class ChatServer:
     def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
         """Broadcast what a member says until it leaves."""
         for batch in lines:
-            texts, refusals, events = [], [], []
-            leaving = False
+            said: list[str] = []
             for line in batch:
                 if line in protocol.QUIT_LINES:
-                    leaving = True
-                    break
+                    self._say(client, said)
+                    if self._tell_messages:
+                        self._tell(
+                            f"Received message from {client.name}: {line.decode()}"
+                        )
+                    return
                 try:
                     if text := protocol.decode_message(line):
-                        texts.append(text)
+                        said.append(text)
                 except ProtocolError as error:
-                    refusals.append(protocol.refusal(error))
-                    events.append(f"Refused a line from {client}: {error}")
-            message = "".join([f"{client.name}: {text}\n" for text in texts])
-            if texts or refusals:
-                encoded = message.encode(protocol.ENCODING)
-                reply = b"".join(refusals)
-                if not self.broadcast_message(encoded, client.socket, reply):
-                    return
-            if self._log_messages:
-                heard = f"Received message from {client.name}: "
-                events += [heard + text for text in texts]
-                if leaving:
-                    events.append(heard + line.decode(protocol.ENCODING))
-            if events:
-                # One record for all of them: a record costs more than a message.
-                logger.info("%s", "\n".join(events))
-            if leaving:
+                    self._tell(f"Refused a line from {client}: {error}")
+                    self._answer(client, protocol.refusal(error))
+            self._say(client, said)
+            if self._outbox_closed.is_set():
                 return
 
-    def broadcast_message(
-        self, message: bytes, sender_socket: socket.socket, reply: bytes = b""
-    ) -> bool:
-        """Append a message to the log, for everyone but its sender.
+    def _say(self, client: _Client, said: list[str]) -> None:
+        if said:
+            message = "".join([f"{client.name}: {text}\n" for text in said])
+            self.broadcast_message(message.encode(protocol.ENCODING), client.socket)
 
-        message: whole lines, each with its newline; reply: lines that its sender gets
-        instead.  Waits for room in the log, never for a reader.  Returns False if it
-        was not accepted, because the server is shutting down.
+    def broadcast_message(self, message: bytes, sender_socket: socket.socket) -> None:
+        """Append a message to the outbox, for everybody but its sender.
+
+        message: whole lines of a member, each with its newline.  Waits for room in the
+        outbox, never for a reader.  Once the server shuts down, nothing is accepted.
         """
-        size = len(message) + len(reply)
-        # Who says so much at once may fill only half of the log: the other half keeps
-        # the way free for all who just say something.
-        hurried = size >= RECEIVE_BYTES
-        limit = MAX_LOG_BYTES // (2 if hurried else 1)
+        told = ""
+        if self._tell_messages:
+            texts = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
+            told = "\n".join([f"Received message from {text}" for text in texts])
         with self._lock:
-            while self._log and self._log_bytes + size > limit:
-                if self._closing.is_set():
-                    return False
-                self._room_in_log.wait()
-            if self._closing.is_set():
-                return False
-            client = self._connections[sender_socket]
-            self._append(_Entry(client, message, reply))
-        self._deliver(may_send=not hurried)
-        return True
+            if self._wait_for_room(len(message)):
+                self._append(_Entry(self._connections[sender_socket], message), told)
+        self._deliver(len(message))
 
-    def _append(self, entry: _Entry) -> None:
-        """Caller holds _lock, and has it sent once it has released that."""
-        self._log.append(entry)
-        self._log_bytes += len(entry.to_others) + len(entry.to_self)
-
-    # --- sending --------------------------------------------------------------------
-
-    def _deliver(self, *, may_send: bool = True) -> None:
-        """Have what was appended to the log sent.  Never waits.
-
-        While the room is quiet, the calling handler sends one round itself: that saves
-        the time it takes to wake another thread.  What comes meanwhile is left to the
-        broadcaster, and the handler goes back to reading; so is everything while much
-        is said, since the broadcaster, woken a little later, joins more into one round.
-        """
-        quiet = time.monotonic() - self._next_round > QUIET_SECONDS
-        may_send = may_send and quiet and not self._slow_readers
-        if may_send and self._sending.acquire(blocking=False):
-            try:
-                if entries := self._take_log():
-                    self._send_round(entries)
-            finally:
-                self._sending.release()
-            if self._log or self._slow_readers:
-                self._wake_broadcaster()
-        elif self._asleep or not self._sending.locked():
-            self._wake_broadcaster()
-
-    def _wake_broadcaster(self) -> None:
-        self._asleep = False  # before it wakes, and may sleep again
-        self._writable.wake()
-
-    def _broadcast(self) -> None:
-        """Send what no handler sends.  Runs in the broadcaster.
-
-        Ends when the log is closed and all of it is sent, or time is up.
-        """
-        while True:
-            with self._sending:
-                self._send_all()
-                if self._closing.is_set() and not self._log:
-                    self._hang_up_all()
-                    return
-            # Handlers that found us sending rely on this second look at the log.
-            if not self._log:
-                self._writable.wait(FOREVER)
-
-    def _send_all(self) -> None:
-        """Send until nothing waits, neither in the log nor for a slow reader."""
-        while True:
-            now = time.monotonic()
-            until = now
-            if now < self._next_round - ROUND_SLACK_SECONDS:
-                until = self._next_round
-            elif entries := self._take_log():
-                self._send_round(entries, may_grow=True)
-            elif self._slow_readers and now < self._give_up_at:
-                until = self._give_up_at
-            else:
-                return
-            if self._slow_readers or until > now:
-                _, writable = self._writable.wait(until - now)
-                for key in writable:
-                    self._flush(key.data)
-
-    def _take_log(self) -> list[_Entry]:
+    def _answer(self, client: _Client, lines: bytes) -> None:
+        """Append lines for one member alone to the outbox."""
         with self._lock:
-            entries = self._log
-            # Who appends to the empty log from here on sees that it must wake somebody.
-            self._asleep = not entries and not self._closing.is_set()
-            if entries:
-                self._log = []
-                self._log_bytes = 0
-                self._room_in_log.notify_all()
-            return entries
+            if self._wait_for_room(len(lines)):
+                self._append(_Entry(client, b"", lines))
+        self._deliver(len(lines))
 
-    def _send_round(self, entries: list[_Entry], *, may_grow: bool = False) -> None:
-        """Give every member its turn: one send of all that is under way.
+    def _wait_for_room(self, size: int) -> bool:
+        """Wait until so much may be appended; False once the outbox is closed.
 
-        A round that may grow takes in what is appended to the log meanwhile, and goes
-        on until each member has had a turn since.  It grows until much is under way, or
-        somebody comes, goes, reads too slowly or is dropped.
+        A client that says much at once may fill only half of the outbox: the other half
+        keeps the way free for all that just say something.  Caller holds _lock.
         """
-        readers = self._members - self._slow_readers
-        may_grow = may_grow and not self._slow_readers
-        turns: Iterator[_Client] = cycle(readers)
-        turn = 0  # so many there have been
-        under_way: deque[tuple[int, list[_Entry]]] = deque()  # until which turn, what
-        kept: _Round | None = None  # for slow readers; what comes later is its end
-        while entries or under_way:
-            if entries:
-                began = time.monotonic()
-                joining = _who_moves(entries, _Move.JOIN)
-                leaving = _who_moves(entries, _Move.LEAVE)
-                if joining or leaving:  # this batch is the last one
-                    may_grow = False
-                    self._members.update(joining)
-                    turns = chain(islice(turns, len(readers)), joining)
-                under_way.append((turn + len(readers) + len(joining), entries))
-                may_grow_at = turn + math.ceil(len(readers) / GROWTHS_PER_ROUND)
-            this_round = _Round([entry for _, batch in under_way for entry in batch])
-            may_grow = may_grow and len(this_round.block) < MAX_GROWING_BYTES
-            until, _ = under_way[0]
-            grow_after = may_grow_at - turn if may_grow else FOREVER
-            next_ones = islice(turns, until - turn)
-            given, all_took = self._give_turns(next_ones, this_round, grow_after)
-            turn += given
-            if turn == until:
-                under_way.popleft()
-            kept = kept or (this_round if self._slow_readers else None)
-            may_grow = may_grow and all_took
-            grows = may_grow and given >= grow_after and self._log
-            entries = self._take_log() if grows else []
-        self._last_link = self._keep(kept) if kept else None
-        for client in leaving:
-            self._members.discard(client)
-            self._release_if_done(client)
-        pause = self._restrain(len(kept.block)) if kept else 0.0
-        now = time.monotonic()
-        if joining:
-            pause = max(pause, min(JOIN_PAUSE * (now - began), MAX_JOIN_PAUSE_SECONDS))
-        self._next_round = max(self._next_round, now) + pause
-
-    def _give_turns(
-        self, clients: Iterator[_Client], this_round: _Round, grow_after: float
-    ) -> tuple[int, bool]:
-        """Send to one after the other; end after so many if the log has more by then.
-
-        Returns how many had their turn, and whether they took all.
-        """
-        block, cuts = this_round.block, this_round.cuts
-        given, all_took = 0, True
-        for given, client in enumerate(clients, 1):
-            data = this_round.data(client) if client in cuts else block
-            if not data:
-                continue  # replies for others, or only its own lines
-            try:
-                sent = client.send(data, MSG_DONTWAIT)
-            except BlockingIOError:
-                sent = 0  # it reads too slowly
-            except OSError as error:
-                self._drop(client, error)
-                all_took = False
-                continue
-            if sent < len(data):
-                self._hold(client, len(data) - sent)
-                all_took = False
-            if self._log and given >= grow_after:
+        limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
+        while self._outbox and self._outbox_bytes + size > limit:
+            if self._outbox_closed.is_set():
                 break
-        return given, all_took
+            self._room_in_outbox.wait()
+        return not self._outbox_closed.is_set()
 
-    def _hold(self, client: _Client, size: int) -> None:
-        """Note that a client did not take so many bytes; _keep() keeps them for it."""
-        try:
-            self._writable.register(client.socket, selectors.EVENT_WRITE, client)
-        except OSError as error:  # the system watches no more of them
-            self._drop(client, error)
-            return
-        self._slow_readers.add(client)
-        client.waiting_bytes = size
+    def _append(self, entry: _Entry, told: str = "") -> None:
+        """Append to the outbox; `told` is for the terminal, in the order of the room.
 
-    def _keep(self, this_round: _Round) -> _Round:
-        """Add a round to the backlogs of the slow readers; return the chain's new end."""
-        link, before = this_round, 0  # so many bytes of the link are before this round
-        if last := self._last_link:
-            if last.cut_bytes + len(last.block) + len(this_round.block) <= LINK_BYTES:
-                link, before = last, len(last.block)
-            else:
-                last.next = this_round
-                this_round.end += last.end
-        for client in self._members & self._slow_readers:
-            size = len(this_round.data(client))
-            if client.link:
-                client.waiting_bytes += size
-            else:  # since this round: what it did not take is the end of it
-                client.link, client.offset = link, before + size - client.waiting_bytes
-        this_round.keep_cuts_of(self._slow_readers)
-        if link is last:
-            last.append(this_round)
-        return link
-
-    def _restrain(self, sent: int) -> float:
-        """Cut off who is too slow; return seconds to pause for those who may become so.
-
-        In proportion to the bytes that were sent, and to how far the longest backlog is
-        beyond half of what may wait.
+        Caller holds _lock, and calls _deliver() once it has released that.
         """
-        longest = 0
-        for client in tuple(self._slow_readers):
-            assert client.link and self._last_link
-            # All that it keeps in memory, and so its own lines too.
-            behind = self._last_link.end - client.link.end + len(client.link.block)
-            held = behind - client.offset + client.cut_bytes
-            if held > MAX_BACKLOG_BYTES:
-                client.cut_off = f"too slow, it held back {MAX_BACKLOG_BYTES} bytes"
-                self._drop(client)
-            else:
-                longest = max(longest, held)
-        fullness = max(0.0, 2 * longest / MAX_BACKLOG_BYTES - 1)
-        return FULL_ROUND_SECONDS * fullness * sent / MAX_LOG_BYTES
-
-    def _flush(self, client: _Client) -> None:
-        """Send from the backlog of a slow reader what its socket takes."""
-        blocks: list[bytes] = []
-        gathered, link = -client.offset, client.link
-        while gathered < min(client.waiting_bytes, FLUSH_BYTES):
-            assert link  # waiting_bytes counts what the chain holds
-            blocks.append(link.data(client))
-            gathered += len(blocks[-1])
-            link = link.next
-        # Who leaves does not see all of its last link.
-        end = client.offset + client.waiting_bytes
-        try:
-            data = memoryview(b"".join(blocks))[client.offset : end]
-            sent = client.send(data, MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._drop(client, error)
-            return
-        client.waiting_bytes -= sent
-        client.offset += sent
-        for block in blocks:
-            if client.offset < len(block) or not client.waiting_bytes:
-                break
-            assert client.link
-            client.offset -= len(block)
-            client.link.pass_by(client)
-            client.link = client.link.next
-        if not client.waiting_bytes:
-            self._forget_backlog(client)
-            self._release_if_done(client)
-
-    def _forget_backlog(self, client: _Client) -> None:
-        self._slow_readers.discard(client)
-        self._writable.unregister(client.socket)
-        while client.link:
-            client.link.pass_by(client)
-            client.link = client.link.next
-        client.waiting_bytes = client.offset = 0
-
-    def _drop(self, client: _Client, error: OSError | None = None) -> None:
-        """Send nothing more to a client, and wake its handler, which does the rest.
-
-        What the client sent before its connection broke can still be read.
-        """
-        if error:
-            client.broken = error.strerror or str(error)
-        self._members.discard(client)
-        if client in self._slow_readers:
-            self._forget_backlog(client)
-        _shut(client.socket, socket.SHUT_RDWR)
-        self._release_if_done(client)
-
-    def _release_if_done(self, client: _Client) -> None:
-        """Let the handler of a client that leaves close, once nothing is left to send.
-
-        That may be before the others are told, if sending to it has failed.
-        """
-        in_log = client in self._members  # its leaving has not been sent yet
-        if client.released and not in_log and not client.waiting_bytes:
-            client.released.set()
-
-    def _hang_up_all(self) -> None:
-        """Close our side of all connections that get anything: the last act."""
-        for client in self._members | self._slow_readers:
-            _shut(client.socket, socket.SHUT_WR)
-            if client.released:
-                client.released.set()
-        self._all_sent.set()
-
-    # --- connections go -------------------------------------------------------------
+        self._outbox.append(entry)
+        self._outbox_bytes += ENTRY_BYTES + len(entry.to_others) + len(entry.to_self)
+        if told:
+            self._tell(told)
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a member off the list, tell the others, wait for the last send to it.
 
-        Its handler calls this, and closes the socket afterwards.  For one who has not
-        joined, or called again before that, it announces nothing.
+        Its handler calls this.  For a client that has not joined, or called again, it
+        announces nothing.
         """
         with self._lock:
             client = self._connections[client_socket]
-            self._waiting.pop(client, None)
+            self._unjoined.pop(client, None)
             if self.clients.get(client.name) is not client_socket:
                 return
             del self.clients[client.name]
-            self._keys.remove(protocol.name_key(client.name))
-            last_send = self._all_sent
-            if not self._closing.is_set():
-                last_send = client.released = threading.Event()
+            del self._owners[protocol.name_key(client.name)]
+            told = f"Removing user: {client.name} from clients"
+            if self._outbox_closed.is_set():
+                client.released = self._all_sent
+                self._tell(told)
+            else:
+                client.released = threading.Event()
                 left = protocol.notice(f"{client.name} has left the chat.")
-                self._append(_Entry(client, left, move=_Move.LEAVE))
+                self._append(_Entry(client, left, move=_Move.LEAVE), told)
         self._deliver()
-        logger.info("Removing user: %s from clients", client.name)
-        if not last_send.wait(LINGER_SECONDS):
+        if not client.released.wait(LINGER_SECONDS):
             _shut(client_socket, socket.SHUT_RDWR)  # makes the next send fail
-            last_send.wait()
+            client.released.wait()
 
-    def _close(self, client: _Client) -> None:
-        """Close a connection, in its own thread, after the last send to it.
+    # --- sending ----------------------------------------------------------------------
 
-        A close with input unread would reset the connection and could cost the peer the
-        lines under way.  So: close our side, read on to EOF for a moment, then close.
+    def _deliver(self, size: int = 0) -> None:
+        """Have what was appended sent.  Never waits; called without _lock.
+
+        To wake another thread takes longer than a send.  So while the broadcaster is
+        asleep, the calling handler makes the pass itself, unless it says much (`size`):
+        such a client goes on reading, and the broadcaster joins what it says.
         """
-        deadline = time.monotonic() + LINGER_SECONDS
-        with client.socket:
-            _shut(client.socket, socket.SHUT_WR)
-            try:
-                while (seconds := deadline - time.monotonic()) > 0:
-                    client.socket.settimeout(seconds)
-                    if not client.socket.recv(RECEIVE_BYTES):
-                        break
-            except OSError:
-                pass  # gone, or silent until the time was up
-        if not client.name:
-            logger.info("Closed connection from %s", client)
         with self._lock:
-            del self._connections[client.socket]
-            self._all_closed.notify_all()
+            asleep, self._asleep = self._asleep, False
+        if not asleep:
+            return  # the sender looks at the outbox again before it rests
+        if size < RECEIVE_BYTES and self._sending.acquire(blocking=False):
+            try:
+                if not self._slow:
+                    self._make_pass()
+                if self._rest() == FOREVER:
+                    return
+            except BaseException:
+                self._fail()
+                raise
+            finally:
+                self._sending.release()
+        self._writable.wake()
+
+    def _broadcast(self) -> None:
+        """Send all that is appended, until the outbox is closed and empty.
+
+        Runs in the broadcaster.  However it ends, nobody waits for it afterwards.
+        """
+        writable: list[_Client] = []
+        try:
+            while True:
+                with self._sending:
+                    self._give_turns(writable)
+                    self._make_pass()
+                    seconds = self._rest()
+                if seconds is None:
+                    break
+                writable = [key.data for key in self._writable.wait(seconds)]
+        except BaseException:
+            self._fail()
+            raise
+        finally:
+            self._hang_up_all()
+
+    def _rest(self) -> float | None:
+        """Return how long the sender may rest; None if all is sent, or time is up.
+
+        Caller holds _sending.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if self._outbox or self._pass_again:
+                return self._pass_at - now
+            if not self._outbox_closed.is_set():
+                self._asleep = True
+                return FOREVER
+        return self._give_up_at - now if self._slow and now < self._give_up_at else None
+
+    def _make_pass(self) -> None:
+        """Give a turn to each member that keeps up.  Caller holds _sending.
+
+        A pass looks at the outbox a few times: members whose turn is still to come get
+        at once what was said meanwhile, and the others get it in the next pass.
+        """
+        before = self._stream.end
+        if time.monotonic() >= self._pass_at and (self._take_in() or self._pass_again):
+            self._pass_again = False
+            self._passed = self._stream.end
+            members = [member for member in self._members if member not in self._slow]
+            group = len(members) // LOOKS_PER_PASS + 1
+            for first in range(0, len(members), group):
+                if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
+                    self._pass_again = self._take_in()
+                self._give_turns(members[first : first + group])
+        self._mind_slow_readers(self._stream.end - before)
+
+    def _take_in(self) -> bool:
+        """Move all entries of the outbox to the end of the stream; False if none."""
+        with self._lock:
+            entries, self._outbox = self._outbox, []
+            self._outbox_bytes = 0
+            if entries:
+                self._room_in_outbox.notify_all()
+        stream = self._stream
+        for client, to_others, to_self, move in entries:
+            start = stream.end
+            stream.append(to_others)
+            if client is None:
+                continue
+            if move is _Move.JOIN:
+                self._members[client] = None
+                client.place = start
+            if client in self._members:
+                end = sys.maxsize if move is _Move.LEAVE else stream.end
+                client.add_spot(_Spot(start, end, to_self))
+            elif client.released:
+                client.released.set()  # dropped before its leaving
+        return bool(entries)
+
+    def _give_turns(self, members: Iterable[_Client]) -> None:
+        """Send each member what it has not had, as much as its socket takes at once.
+
+        All that members get is sent here.  Caller holds _sending.
+        """
+        end = self._stream.end
+        block: bytes | bytearray = b""
+        place = end  # members at one place share one block
+        for member in members:
+            if member.spots:
+                data = member.unsent(self._stream)
+            elif member.place == end:
+                continue
+            else:
+                if member.place != place:
+                    place = member.place
+                    block = self._stream.slice(place, min(end, place + TURN_BYTES))
+                data = block
+            try:
+                sent = member.send(data, MSG_DONTWAIT) if data else 0
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                member.lose(error.strerror or str(error))
+                self._drop(member)
+                continue
+            if member.spots:
+                member.advance(sent)
+            else:
+                member.place += sent
+            if member.place != end or member.spots or member in self._slow:
+                self._note_progress(member)
+
+    def _note_progress(self, member: _Client) -> None:
+        """Watch the socket of a member that is behind, and only of such a member."""
+        if member.place == sys.maxsize:
+            self._forget(member)  # it leaves, and has had all before that
+        elif member.place == self._stream.end and not member.spots:
+            if member in self._slow:
+                del self._slow[member]
+                self._writable.unregister(member.socket)
+        elif member not in self._slow:
+            try:
+                self._writable.register(member.socket, selectors.EVENT_WRITE, member)
+                self._slow[member] = None
+            except OSError as error:  # the system watches no more of them
+                member.dropped = f"too slow, and {error.strerror}"
+                self._drop(member)
+
+    def _mind_slow_readers(self, taken: int) -> None:
+        """Forget what all members have; drop a member that is too far behind.
+
+        While one is near that, the next pass comes later: in proportion to the bytes
+        that this one took in, and to how far beyond half of its limit the member is.
+        """
+        place, most = self._passed, 0
+        for member in tuple(self._slow):
+            unsent = self._stream.end - member.place + member.spot_bytes
+            if unsent > MAX_UNSENT_BYTES:
+                member.dropped = f"too slow, {MAX_UNSENT_BYTES} bytes waited for it"
+                self._drop(member)
+            else:
+                place, most = min(place, member.place), max(most, unsent)
+        self._stream.forget(place)
+        pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1) * taken / MAX_OUTBOX_BYTES
+        if taken:
+            self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure
+
+    def _drop(self, member: _Client) -> None:
+        """Send nothing more to a member, and wake its handler, which does the rest.
+
+        What a member sent before its connection was lost can still be read.
+        """
+        self._forget(member)
+        _shut(member.socket, socket.SHUT_RDWR)
+
+    def _forget(self, member: _Client) -> None:
+        """Let go of a member that gets nothing more; if it leaves, its handler ends."""
+        del self._members[member]
+        if member in self._slow:
+            del self._slow[member]
+            self._writable.unregister(member.socket)
+        if member.released:
+            member.released.set()
+
+    def _hang_up_all(self) -> None:
+        """Close our side of all connections to members: the broadcaster's last act."""
+        with self._lock:
+            self._outbox_closed.set()
+            self._room_in_outbox.notify_all()
+            for client in self._connections.values():
+                if client.released:
+                    client.released.set()
+        self._all_sent.set()
+        for member in tuple(self._members):
+            _shut(member.socket, socket.SHUT_WR)
+
+    def _fail(self) -> None:
+        """End in order after a bug in the sender, whose thread tells of it."""
+        self.failed = True
+        self.stop()
 
     def _shut_down(self, broadcaster: threading.Thread) -> None:
         """End in order, within SHUTDOWN_SECONDS.
 
-        1. Take no new clients; send those away who have not joined.
-        2. Close the log, with a last notice to all members.
+        1. Take no new clients; send those away that have not joined.
+        2. Close the outbox, with a last notice to all members.
         3. Let the broadcaster send all of it to all that read, and hang up.
         4. Give the clients a moment to hang up too; then wake every handler.
-        5. Wait for the handlers.
+        5. Wait for the handlers, and close what is left.
         """
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         notice = protocol.notice("Server is shutting down.")
+        if self._accept_at == FOREVER:
+            self._arrivals.unregister(self._listener)
+        self._accept_at = FOREVER
         self._listener.close()
         with self._lock:
-            waiting, self._waiting = self._waiting, {}
-            for client in waiting:
+            for client in self._unjoined:
                 client.farewell = notice
+                _shut(client.socket, socket.SHUT_RD)
+            self._unjoined.clear()
             self._append(_Entry(None, notice))
             self._give_up_at = deadline
-            self._closing.set()
-            self._room_in_log.notify_all()
-            handled = list(self._connections.values())
-        self._wake_broadcaster()
-        for client in waiting:
-            _shut(client.socket, socket.SHUT_RD)
+            self._outbox_closed.set()
+            self._room_in_outbox.notify_all()
+            clients = list(self._connections.values())
+        self._writable.wake()
         broadcaster.join()
+        deadline = min(deadline, time.monotonic() + HANG_UP_SECONDS)
+        while self._connections or self._ended or self._lingering:
+            if (seconds := deadline - time.monotonic()) <= 0:
+                break
+            self._attend(seconds)
         with self._lock:
-            seconds = min(HANG_UP_SECONDS, deadline - time.monotonic())
-            self._all_closed.wait_for(lambda: not self._connections, seconds)
             for client in self._connections.values():
                 _shut(client.socket, socket.SHUT_RDWR)
-        for client in handled:
+        for client in clients:
             if client.thread:
                 client.thread.join()
+        for client_socket in (*self._lingering, *self._ended):
+            client_socket.close()
         self._writable.close()
         self._arrivals.close()
+
+
+def _is_read_out(client: _Client) -> bool:
+    """Tell whether a peer that is gone for good has been read for long enough."""
+    try:
+        client.socket.getpeername()  # fails once the connection has been reset
+    except OSError:
+        client.lose(os.strerror(errno.ECONNRESET))
+    return time.monotonic() > client.read_until
 
 
 # --- sockets ------------------------------------------------------------------------
@@ -1020,7 +1045,7 @@ def _set_options(client_socket: socket.socket) -> None:
 
 def _sender(
     client_socket: socket.socket,
-) -> Callable[[bytes | memoryview, int], int]:
+) -> Callable[[bytes | bytearray, int], int]:
     """Return what sends as much as the socket takes at once, or raises BlockingIOError.
 
     To be called with MSG_DONTWAIT.  The socket itself stays blocking: its handler waits
@@ -1029,7 +1054,7 @@ def _sender(
     if MSG_DONTWAIT:
         return client_socket.send
 
-    def send(data: bytes | memoryview, _: int) -> int:
+    def send(data: bytes | bytearray, _: int) -> int:
         if not select.select([], [client_socket], [], 0)[1]:
             raise BlockingIOError
         return client_socket.send(data[:1024])  # so little does not block
@@ -1038,7 +1063,7 @@ def _sender(
 
 
 def _send_at_once(client: _Client, line: bytes) -> None:
-    """Send a line to one who is not a member, without waiting; it may be gone."""
+    """Send a line to one that is no member, without waiting; its peer may be gone."""
     try:
         client.send(line, MSG_DONTWAIT)
     except OSError:
@@ -1046,7 +1071,7 @@ def _send_at_once(client: _Client, line: bytes) -> None:
 
 
 def _shut(client_socket: socket.socket, how: int) -> None:
-    """End one direction of a connection or both, under whoever is blocked on it.
+    """End one direction of a connection or both, under a thread that is blocked on it.
 
     recv() returns b"" then.  close() would wake nobody, and free a descriptor that is
     still in use.
@@ -1065,19 +1090,17 @@ def _format_address(address: tuple[str, int]) -> str:
 # --- the terminal -------------------------------------------------------------------
 
 
-class LogWriter(logging.Handler):
-    """Writes the log from a thread of its own: a paused terminal stops nothing.
+class Recorder:
+    """Writes lines from a thread of its own: a paused terminal stops nothing.
 
     What is too much is left out, and the next line that fits says how much that was.
-    (QueueListener would serve but that its stop() waits for a terminal that is stuck,
-    and that its queue counts records; one record may hold the lines of a whole recv.)
+    (logging's QueueListener would serve but that its stop() waits for a terminal that
+    is stuck, and that its queue counts records, of which one may hold many lines.)
     """
 
-    def __init__(self, descriptor: int, encoding: str = protocol.ENCODING) -> None:
-        """descriptor: where to write, unbuffered; it is not closed."""
-        super().__init__()
-        self._descriptor = descriptor
-        self._encoding = encoding
+    def __init__(self, write: Callable[[str], None]) -> None:
+        """write: writes whole lines; it may block."""
+        self._write = write
         # Guards the names below.  Not held while writing.
         self._changed = threading.Condition()
         self._texts: list[str] = []
@@ -1085,20 +1108,21 @@ class LogWriter(logging.Handler):
         self._left_out_lines = 0
         # A daemon, since nothing can wake a write to a terminal that is stuck; it holds
         # no lock then that the interpreter's exit needs.
-        threading.Thread(target=self._write, name="log writer", daemon=True).start()
+        threading.Thread(target=self._run, name="recorder", daemon=True).start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Queue a record's lines, cleaned.  Never waits for the terminal."""
-        lines = [protocol.clean(line) for line in record.getMessage().split("\n")]
+    def put(self, text: str) -> None:
+        """Queue one line or several, without the last newline.  Never waits."""
+        lines = text.count("\n") + 1
         with self._changed:
-            if self._unwritten_lines + len(lines) > MAX_UNWRITTEN_LINES:
-                self._left_out_lines += len(lines)
+            if self._unwritten_lines + lines > MAX_UNWRITTEN_LINES:
+                self._left_out_lines += lines
                 return
             if self._left_out_lines:
-                lines.insert(0, f"({self._left_out_lines} lines left out)")
+                text = f"({self._left_out_lines} lines left out)\n{text}"
+                lines += 1
                 self._left_out_lines = 0
-            self._texts.append("\n".join(lines) + "\n")
-            self._unwritten_lines += len(lines)
+            self._texts.append(f"{text}\n")
+            self._unwritten_lines += lines
             if len(self._texts) == 1:
                 self._changed.notify_all()
 
@@ -1107,7 +1131,7 @@ class LogWriter(logging.Handler):
         with self._changed:
             self._changed.wait_for(lambda: not self._unwritten_lines, seconds)
 
-    def _write(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._texts)
@@ -1115,24 +1139,26 @@ class LogWriter(logging.Handler):
             with self._changed:
                 text = "".join(self._texts)
                 self._texts.clear()
-            data = memoryview(text.encode(self._encoding, "backslashreplace"))
-            try:
-                while data:
-                    data = data[_write_some(self._descriptor, data) :]
-            except OSError:
-                pass  # nobody reads it any more; the chat goes on
+            self._write(text)
             with self._changed:
                 self._unwritten_lines -= text.count("\n")
                 self._changed.notify_all()
 
 
-def _write_some(descriptor: int, data: memoryview) -> int:
-    """Write what the descriptor takes; some terminals are shared and do not block."""
+def _write_to_terminal(descriptor: int, encoding: str, text: str) -> None:
+    """Write all of a text, unbuffered, however long the terminal takes."""
+    data = memoryview(text.encode(encoding, "backslashreplace"))
     try:
-        return os.write(descriptor, data)
-    except BlockingIOError:
-        select.select([], [descriptor], [])
-        return 0
+        while data:
+            try:
+                data = data[os.write(descriptor, data) :]
+            except BlockingIOError:  # some terminals are shared, and do not block
+                select.select([], [descriptor], [])
+    except OSError:
+        pass  # nobody reads it any more; the chat goes on
+
+
+# --- the program --------------------------------------------------------------------
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -1155,100 +1181,126 @@ def _parse_arguments() -> argparse.Namespace:
         f"{BURST_SECONDS} times as many; 0 means no limit",
     )  # fmt: skip
     flags.add_argument("--quiet", action="store_true", help="do not print what is said")
+    flags.add_argument(
+        "--times", action="store_true", help="print date and time before each line"
+    )
     return flags.parse_args()
 
 
-def _raise_open_file_limit(clients: int) -> None:
-    """Make room for so many connections, as far as the system allows."""
+def _raise_open_file_limit(clients: int) -> str:
+    """Make room for so many connections, as far as the system allows.
+
+    Returns a warning for the terminal if that is not enough, else "".
+    """
     if resource is None:
-        return
+        return ""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = clients + SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        except (OSError, ValueError):
-            allowed = soft  # macOS has a limit of its own below "unlimited"
-        if allowed < needed:
-            logger.warning(
-                "Only %d open files are allowed: room for some %d of %d clients",
-                allowed, max(0, allowed - SPARE_DESCRIPTORS), clients,
-            )  # fmt: skip
-
-
-def _stay_on_one_processor() -> None:
-    """Run all threads that are started from here on on one processor, where possible.
-
-    Only one of them has the interpreter lock, and to hand it on to another processor
-    takes longer than what is mostly done with it: on two, a thousand joins at once take
-    half as long again.  What is lost is that the kernel's part of a send and of a
-    recv could run at once.
-    """
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        return  # a Python without that lock
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return ""
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     try:
-        allowed = os.sched_getaffinity(0)
-        # Any of them: another server should not have to share it.
-        os.sched_setaffinity(0, {random.choice(tuple(allowed))})
-    except (AttributeError, OSError):
-        pass  # the system has no such thing, or does not let us
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):
+        allowed = soft  # macOS has a limit of its own below "unlimited"
+    if allowed >= needed:
+        return ""
+    room = max(0, allowed - SPARE_DESCRIPTORS)
+    return (
+        f"Only {allowed} open files are allowed:"
+        f" room for some {room} of {clients} clients"
+    )
 
 
 def _stop_on_signals(server: ChatServer) -> None:
     """Have Ctrl-C and SIGTERM stop the server, and a second one end it at once."""
 
     def stop(*_: object) -> None:
-        # The signal's number has gone to stop_sender already.  The next one, of either
-        # kind, ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        server.stop()
 
-    # The kernel may hand a signal to any thread, and only a byte on a socket is sure to
-    # wake the main one.
-    signal.set_wakeup_fd(server.stop_sender.fileno(), warn_on_full_buffer=False)
+    # The kernel may hand a signal to any thread; this wakes the main one, which alone
+    # runs the handler.
+    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+
+
+def _stop_on_bugs(server: ChatServer) -> None:
+    """Have an exception that nobody expected, in whatever thread, stop the server."""
+
+    def stop(what: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(what)  # the traceback
+        server.failed = True
+        server.stop()
+
+    threading.excepthook = stop
+
+
+# What to do about an error of the start.
+_ADVICE = {
+    errno.EADDRINUSE: "another program has that port: choose another --port",
+    errno.EACCES: "that port is for the administrator: choose a --port above 1023",
+    errno.EADDRNOTAVAIL: "--host must be an address of this machine",
+    errno.EMFILE: "allow more open files: ulimit -n 1024",
+}
+
+
+def _explain(error: OSError | UnicodeError) -> str:
+    """Return why the server cannot listen, and what to do about it."""
+    if isinstance(error, UnicodeError):  # not a name that could be looked up
+        return "that is no host name (give --host a name or an address)"
+    advice = _ADVICE.get(error.errno or 0, "try another --host")
+    return f"{error.strerror or error} ({advice})"
 
 
 def main() -> int:
     """Run the server; return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
     options = _parse_arguments()
+    warning = _raise_open_file_limit(options.max_clients)
     # A stream that was closed before the start is None.
     screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
     encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
+    terminal = Recorder(partial(_write_to_terminal, screen, encoding))
+
+    def tell(lines: str) -> None:
+        if options.times:
+            now = time.strftime("%Y-%m-%d %H:%M:%S ")
+            lines = now + lines.replace("\n", f"\n{now}")
+        terminal.put(lines)
+
     try:
         server = ChatServer(
             options.host,
             options.port,
             max_clients=options.max_clients,
             lines_per_second=options.rate,
-            log_messages=not options.quiet,
+            tell_messages=not options.quiet,
+            tell=tell,
         )
-    except (OSError, ValueError) as error:  # ValueError: not a host name at all
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, UnicodeError) as error:
         host = protocol.clean(options.host)
+        where = f"{host!r}, port {options.port}"
         print(
-            f"server.py: cannot listen on {host}, port {options.port}: {reason}"
-            " (try another --host or --port)",
-            file=sys.stderr,
+            f"server.py: cannot listen on {where}: {_explain(error)}", file=sys.stderr
         )
         return 1
 
     _stop_on_signals(server)
-    _stay_on_one_processor()  # the first of the other threads is the log writer's
+    _stop_on_bugs(server)
     # A thread that computes makes every send wait this long for the interpreter lock.
     sys.setswitchinterval(0.0005)
-    writer = LogWriter(screen, encoding)
-    logger.addHandler(writer)
-    logger.setLevel(logging.INFO)
-    logger.info("Server is running...")
-    logger.info("Listening on %s", server.address)
-    _raise_open_file_limit(options.max_clients)
-    server.serve()
-    writer.drain(LAST_LINES_SECONDS)
-    return 0
+    tell("Server is running...")
+    tell(f"Listening on {server.address}")
+    if warning:
+        tell(warning)
+    try:
+        server.serve()
+    finally:
+        terminal.drain(LAST_LINES_SECONDS)
+    return 1 if server.failed else 0
 
 
 if __name__ == "__main__":
