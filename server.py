@@ -39,7 +39,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import protocol
 from protocol import ProtocolError
@@ -464,10 +464,11 @@ class ChatServer:
         names = ", ".join(islice(self.clients, MAX_NAMES_LISTED))
         more = len(self.clients) - MAX_NAMES_LISTED
         others = f"{names} and {more} more" if more > 0 else names
-        return f"Welcome, {name}! Also online: {others or 'nobody yet'}."
+        online = others or "nobody yet"
+        return f"Welcome, {name}! Also online: {online}. /help lists the commands."
 
     def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
-        """Broadcast what a member says until it leaves."""
+        """Broadcast what a member says, and obey its commands, until it leaves."""
         for batch in lines:
             said: list[str] = []
             for line in batch:
@@ -479,18 +480,25 @@ class ChatServer:
                         )
                     return
                 try:
-                    if text := protocol.decode_message(line):
+                    text = protocol.decode_message(line)
+                    command, text = protocol.split_command(text)
+                    if command:
+                        self._say(client, said)
+                        self._obey(client, command, text)
+                    elif text:
                         said.append(text)
                 except ProtocolError as error:
                     self._tell(f"Refused a line from {client}: {error}")
-                    self._answer(client, protocol.refusal(error))
+                    self._submit(client, b"", protocol.refusal(error))
             self._say(client, said)
             if self._outbox.closed.is_set():
                 return
 
     def _say(self, client: _Client, said: list[str]) -> None:
+        """Broadcast these texts, and empty the list."""
         if said:
             message = "".join([f"{client.name}: {text}\n" for text in said])
+            said.clear()
             self.broadcast_message(message.encode(protocol.ENCODING), client.socket)
 
     def broadcast_message(self, message: bytes, sender_socket: socket.socket) -> None:
@@ -503,18 +511,72 @@ class ChatServer:
         if self._tell_messages:
             texts = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
             told = "\n".join([f"Received message from {text}" for text in texts])
-        self._submit(_Entry(self._connections[sender_socket], message), told)
+        self._submit(self._connections[sender_socket], message, told=told)
 
-    def _answer(self, client: _Client, lines: bytes) -> None:
-        """Append lines for one member alone to the outbox."""
-        self._submit(_Entry(client, b"", lines))
+    def _submit(
+        self, client: _Client, to_others: bytes, to_self: bytes = b"", told: str = ""
+    ) -> bool:
+        """Append an entry once there is room for it, unless the server shuts down.
 
-    def _submit(self, entry: _Entry, told: str = "") -> None:
-        """Append an entry once there is room for it, unless the server shuts down."""
+        told: what is for the terminal.  Returns False if the client has left.
+        """
         with self._lock:
-            if self._outbox.wait_for_room(len(entry.to_others) + len(entry.to_self)):
-                self._outbox.append(entry, told)
+            has_room = self._outbox.wait_for_room(len(to_others) + len(to_self))
+            here = not client.released
+            if has_room and here:
+                self._outbox.append(_Entry(client, to_others, to_self), told)
         self._broadcaster.wake()
+        return here
+
+    # --- commands -------------------------------------------------------------------
+
+    def _obey(self, client: _Client, command: str, rest: str) -> None:
+        """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
+        if command not in self._COMMANDS:
+            raise ProtocolError(
+                "There is no such command: /help lists them (//TEXT says /TEXT)."
+            )
+        obey, _, _ = self._COMMANDS[command]
+        obey(self, client, rest)
+
+    def _answer(self, client: _Client, *notices: str) -> None:
+        self._submit(client, b"", b"".join(map(protocol.notice, notices)))
+
+    def _who(self, client: _Client, _: str) -> None:
+        with self._lock:
+            names = list(self.clients)
+        rows = [
+            ", ".join(names[first : first + MAX_NAMES_LISTED])
+            for first in range(0, len(names), MAX_NAMES_LISTED)
+        ]
+        others = [f"… {row}" for row in rows[1:]]
+        self._answer(client, f"{len(names)} online: {rows[0]}", *others)
+
+    def _msg(self, client: _Client, rest: str) -> None:
+        name, _, text = rest.partition(" ")
+        if not (text := text.lstrip()):
+            raise ProtocolError("Write it like this: /msg NAME TEXT.")
+        recipient = self._owners.get(protocol.name_key(name))
+        line = protocol.private_message(client.name, text)
+        told = ""
+        if recipient and self._tell_messages:
+            told = f"Private message from {client.name} to {recipient.name}"
+        if not recipient or not self._submit(recipient, b"", line, told):
+            raise ProtocolError("Nobody here has that name.")
+
+    def _help(self, client: _Client, _: str) -> None:
+        rows = [
+            f"{command}{arguments}: {what}"
+            for command, (_, arguments, what) in self._COMMANDS.items()
+        ]
+        self._answer(client, *rows, "q, alone on its line: leaves the chat")
+
+    # Command → method, its arguments, what /help says of it.
+    _COMMANDS: ClassVar[dict[str, tuple[Callable[..., None], str, str]]] = {
+        "/who": (_who, "", "lists who is online"),
+        "/msg": (_msg, " NAME TEXT", "says TEXT to NAME alone"),
+        "/help": (_help, "", "lists the commands"),
+    }
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a member off the list, tell the others, wait for the last send to it.
