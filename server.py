@@ -26,20 +26,26 @@ if __name__ == "__main__":
 
 import argparse
 import errno
+import hashlib
+import hmac
+import ipaddress
 import os
+import secrets
 import select
 import selectors
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from typing import ClassVar, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import protocol
 from protocol import ProtocolError
@@ -89,10 +95,20 @@ SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
 LINGER_SECONDS = 1.0  # for the last lines to a client that leaves
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
-MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
+MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
 LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
-# Lines come in bursts, and to wake a thread for each would slow the handlers.
+# They come in bursts, and a batch costs little more than a line.
 GATHER_SECONDS = 0.005
+
+HISTORY_MESSAGES = 20  # that a newcomer gets
+MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
+SCHEMA_VERSION = 1  # PRAGMA user_version of the database
+ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
+BUSY_SECONDS = 1.0  # that another program may keep the database locked at a time
+RETRY_SECONDS = 0.5  # after a write to the database has failed
+SALT_BYTES = 16
+SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
+MAX_HASHES_AT_ONCE = 2
 
 # What accept(2) says of a lack that may pass, and of a connection that is gone again.
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -116,6 +132,7 @@ class _Client:
         self.thread: threading.Thread | None = None  # its handler
         self.name = ""  # until it has joined
         self.join_by = time.monotonic() + JOIN_SECONDS
+        self.answer: Callable[[bytes], None] | None = None  # takes its next line
         self.dropped = ""  # why we end it: its handler reads no more
         self.farewell = b""  # the last line to a client that has not joined
         self.lost = ""  # why its peer is gone: what that sent before is still read,
@@ -173,16 +190,21 @@ class ChatServer:
         lines_per_second: int = LINES_PER_SECOND,
         tell_messages: bool = True,
         tell: Callable[[str], None] = lambda lines: None,
+        database: Database | None = None,
     ) -> None:
         self._max_clients = max_clients
         self._lines_per_second = lines_per_second
         self._tell_messages = tell_messages
         self._tell = tell
+        self._database = database
+        self._commands = _COMMANDS | (_DATABASE_COMMANDS if database else {})
         self._stopping = False
 
         # The main thread's own.
         self._listener = _listen(host, port)
-        self.address = _format_address(self._listener.getsockname())
+        host, port = self._listener.getsockname()[:2]
+        self.address = _format_address((host, port))
+        self.is_local = ipaddress.ip_address(host).is_loopback
         self._accept_at = FOREVER  # when to try again, after something has run out
         self._exhausted = False  # it has, and the terminal was told
         # Connections that we have ended, until the peer ends them too: socket → the
@@ -423,7 +445,10 @@ class ChatServer:
                 return False
             try:
                 if text := protocol.decode_message(line):
-                    return self._join(client, protocol.check_name(text))
+                    name = protocol.check_name(text)
+                    return self._is_owner(client, name, lines) and self._join(
+                        client, name
+                    )
             except ProtocolError as error:
                 tried += 1
                 most = MAX_NAMES_TRIED
@@ -434,6 +459,26 @@ class ChatServer:
                 if tried == most:
                     return False
         return False
+
+    def _is_owner(
+        self, client: _Client, name: str, lines: Iterator[list[bytes]]
+    ) -> bool:
+        """Ask for the password, if the name has one; False if the client ends instead.
+
+        Raises ProtocolError for another password.
+        """
+        key = protocol.name_key(name)
+        account = self._database and self._database.accounts.get(key)
+        if not account or not self._database or key in self._owners:
+            return True  # or _join() says that it is taken
+        question = f"The name {name} is kept for its owner. What is the password?"
+        _send_at_once(client, protocol.question(question))
+        (line,) = next(lines, [b"q"])
+        if line in protocol.QUIT_LINES:
+            return False
+        if not self._database.is_password(account, line):
+            raise ProtocolError(f"That is not the password of {name}.")
+        return True
 
     def _join(self, client: _Client, name: str) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
@@ -447,15 +492,16 @@ class ChatServer:
                 return False
             if key in self._owners:
                 raise ProtocolError(f"The name {name} is taken.")
-            welcome = protocol.notice(self._greeting(name))
+            welcome = [self._greeting(name)]
+            if self._database:
+                welcome += self._database.history(HISTORY_MESSAGES)
             del self._unjoined[client]
             self._owners[key] = client
             self.clients[name] = client.socket
             client.name = name
-            notice = protocol.notice(joined)
-            self._outbox.append(
-                _Entry(client, notice, welcome, joins=True), f"User {joined}"
-            )
+            notices = b"".join(map(protocol.notice, welcome))
+            entry = _Entry(client, protocol.notice(joined), notices, joins=True)
+            self._outbox.append(entry, f"User {joined}")
         self._broadcaster.wake()
         return True
 
@@ -479,7 +525,11 @@ class ChatServer:
                             f"Received message from {client.name}: {line.decode()}"
                         )
                     return
+                answer, client.answer = client.answer, None
                 try:
+                    if answer:
+                        answer(line)
+                        continue
                     text = protocol.decode_message(line)
                     command, text = protocol.split_command(text)
                     if command:
@@ -507,24 +557,34 @@ class ChatServer:
         message: whole lines of a member, each with its newline.  Waits for room in the
         outbox, never for a reader.  Once the server shuts down, nothing is accepted.
         """
-        told = ""
-        if self._tell_messages:
-            texts = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
-            told = "\n".join([f"Received message from {text}" for text in texts])
-        self._submit(self._connections[sender_socket], message, told=told)
+        sender = self._connections[sender_socket]
+        lines = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
+        told = "\n".join([f"Received message from {line}" for line in lines])
+        texts = [line.removeprefix(f"{sender.name}: ") for line in lines]
+        self._submit(
+            sender, message, told=told if self._tell_messages else "", said=texts
+        )
 
     def _submit(
-        self, client: _Client, to_others: bytes, to_self: bytes = b"", told: str = ""
+        self,
+        client: _Client,
+        to_others: bytes,
+        to_self: bytes = b"",
+        told: str = "",
+        said: Sequence[str] = (),
     ) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
 
-        told: what is for the terminal.  Returns False if the client has left.
+        told: what is for the terminal; said: what is for the database.  Returns False
+        if the client has left.
         """
         with self._lock:
             has_room = self._outbox.wait_for_room(len(to_others) + len(to_self))
             here = not client.released
             if has_room and here:
                 self._outbox.append(_Entry(client, to_others, to_self), told)
+                if said and self._database:
+                    self._database.remember(client.name, said)
         self._broadcaster.wake()
         return here
 
@@ -532,12 +592,11 @@ class ChatServer:
 
     def _obey(self, client: _Client, command: str, rest: str) -> None:
         """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
-        if command not in self._COMMANDS:
+        if command not in self._commands:
             raise ProtocolError(
                 "There is no such command: /help lists them (//TEXT says /TEXT)."
             )
-        obey, _, _ = self._COMMANDS[command]
-        obey(self, client, rest)
+        self._commands[command].obey(self, client, rest)
 
     def _answer(self, client: _Client, *notices: str) -> None:
         self._submit(client, b"", b"".join(map(protocol.notice, notices)))
@@ -545,12 +604,13 @@ class ChatServer:
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
-        rows = [
-            ", ".join(names[first : first + MAX_NAMES_LISTED])
-            for first in range(0, len(names), MAX_NAMES_LISTED)
+        first, *others = [
+            ", ".join(names[place : place + MAX_NAMES_LISTED])
+            for place in range(0, len(names), MAX_NAMES_LISTED)
         ]
-        others = [f"… {row}" for row in rows[1:]]
-        self._answer(client, f"{len(names)} online: {rows[0]}", *others)
+        self._answer(
+            client, f"{len(names)} online: {first}", *(f"… {row}" for row in others)
+        )
 
     def _msg(self, client: _Client, rest: str) -> None:
         name, _, text = rest.partition(" ")
@@ -565,18 +625,32 @@ class ChatServer:
             raise ProtocolError("Nobody here has that name.")
 
     def _help(self, client: _Client, _: str) -> None:
-        rows = [
-            f"{command}{arguments}: {what}"
-            for command, (_, arguments, what) in self._COMMANDS.items()
-        ]
+        rows = [f"{row.usage}: {row.effect}" for row in self._commands.values()]
         self._answer(client, *rows, "q, alone on its line: leaves the chat")
 
-    # Command → method, its arguments, what /help says of it.
-    _COMMANDS: ClassVar[dict[str, tuple[Callable[..., None], str, str]]] = {
-        "/who": (_who, "", "lists who is online"),
-        "/msg": (_msg, " NAME TEXT", "says TEXT to NAME alone"),
-        "/help": (_help, "", "lists the commands"),
-    }
+    def _history(self, client: _Client, rest: str) -> None:
+        assert self._database
+        if rest and not (rest.isdecimal() and len(rest) < 10 and int(rest)):
+            raise ProtocolError("Write it like this: /history 50.")
+        most = min(int(rest or HISTORY_MESSAGES), MAX_HISTORY_MESSAGES)
+        with self._lock:
+            messages = self._database.history(most)
+        self._answer(client, *(messages or ["Nothing has been said yet."]))
+
+    def _register(self, client: _Client, _: str) -> None:
+        client.answer = partial(self._keep_name, client)
+        question = f"Which password shall keep the name {client.name} for you?"
+        self._submit(client, b"", protocol.question(question))
+
+    def _keep_name(self, client: _Client, line: bytes) -> None:
+        assert self._database
+        self._database.keep(client.name, protocol.check_password(line))
+        self._answer(client, f"The name {client.name} is now kept for you.")
+
+    def _unregister(self, client: _Client, _: str) -> None:
+        assert self._database
+        self._database.give_up(client.name)
+        self._answer(client, f"The name {client.name} is no longer kept.")
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a member off the list, tell the others, wait for the last send to it.
@@ -616,6 +690,8 @@ class ChatServer:
         5. Wait for the handlers, and close what is left.
         """
         deadline = time.monotonic() + SHUTDOWN_SECONDS
+        if self._database:
+            self._database.closing.set()
         notice = protocol.notice("Server is shutting down.")
         if self._accept_at == FOREVER:
             self._arrivals.unregister(self._listener)
@@ -651,6 +727,28 @@ class ChatServer:
             if seconds <= 0:
                 break
             self._attend(seconds)
+
+
+class _Command(NamedTuple):
+    """What a member can ask for; usage and effect are what /help says of it."""
+
+    obey: Callable[[ChatServer, _Client, str], None]
+    usage: str
+    effect: str
+
+
+_COMMANDS = {
+    "/who": _Command(ChatServer._who, "/who", "lists all that are online"),
+    "/msg": _Command(ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
+    "/help": _Command(ChatServer._help, "/help", "lists the commands"),
+}
+_DATABASE_COMMANDS = {
+    "/history": _Command(
+        ChatServer._history, "/history [N]", "shows the last N messages"
+    ),
+    "/register": _Command(ChatServer._register, "/register", "keeps your name for you"),
+    "/unregister": _Command(ChatServer._unregister, "/unregister", "gives that up"),
+}
 
 
 # --- sending: outbox, stream, broadcaster -------------------------------------------
@@ -1090,72 +1188,304 @@ def _format_address(address: tuple[str, int]) -> str:
 # --- the terminal -------------------------------------------------------------------
 
 
-class Recorder:
-    """Writes lines from a thread of its own: a paused terminal stops nothing.
+T = TypeVar("T")
 
-    What is too much is left out, and the next line that fits says how much that was.
-    (logging's QueueListener would serve but that its stop() waits for a terminal that
-    is stuck, and that its queue counts records, of which one may hold many lines.)
+
+class Recorder(Generic[T]):
+    """Writes to one output from a thread of its own, so that a slow one stops nothing.
+
+    What is too much is left out and counted.  (logging's QueueListener would serve the
+    terminal but that its stop() waits for one that is stuck, and that its queue counts
+    records, of which one may hold many lines.)
     """
 
-    def __init__(self, write: Callable[[str], None]) -> None:
-        """write: writes whole lines; it may block."""
+    def __init__(
+        self, write: Callable[[list[T]], None], note_gap: Callable[[int], T | None]
+    ) -> None:
+        """write: writes a batch; it may block.  note_gap: is told how much was left out
+        before the next item that fits, and may return one to be written in its place.
+        """
         self._write = write
+        self._note_gap = note_gap
         # Guards the names below.  Not held while writing.
         self._changed = threading.Condition()
-        self._texts: list[str] = []
-        self._unwritten_lines = 0
-        self._left_out_lines = 0
+        self._batch: list[T] = []
+        self._unwritten = 0  # lines or messages, those being written included
+        self._left_out = 0
+        self._closed = False
         # A daemon, since nothing can wake a write to a terminal that is stuck; it holds
         # no lock then that the interpreter's exit needs.
-        threading.Thread(target=self._run, name="recorder", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
 
-    def put(self, text: str) -> None:
-        """Queue one line or several, without the last newline.  Never waits."""
-        lines = text.count("\n") + 1
+    def put(self, item: T, size: int) -> None:
+        """Queue an item of so many lines or messages.  Never waits."""
         with self._changed:
-            if self._unwritten_lines + lines > MAX_UNWRITTEN_LINES:
-                self._left_out_lines += lines
+            if self._unwritten + size > MAX_UNWRITTEN:
+                self._left_out += size
                 return
-            if self._left_out_lines:
-                text = f"({self._left_out_lines} lines left out)\n{text}"
-                lines += 1
-                self._left_out_lines = 0
-            self._texts.append(f"{text}\n")
-            self._unwritten_lines += lines
-            if len(self._texts) == 1:
+            if self._left_out:
+                self._end_gap()
+            self._batch.append(item)
+            self._unwritten += size
+            if len(self._batch) == 1:
                 self._changed.notify_all()
 
-    def drain(self, seconds: float) -> None:
-        """Wait until all is written, or the time is up."""
+    def close(self, seconds: float) -> None:
+        """Write all that was put, for so long at most."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._unwritten_lines, seconds)
+            if self._left_out:
+                self._end_gap()
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(seconds)
+
+    def _end_gap(self) -> None:
+        """Caller holds _changed."""
+        if (item := self._note_gap(self._left_out)) is not None:
+            self._batch.append(item)
+        self._left_out = 0
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._texts)
-            time.sleep(GATHER_SECONDS)
+                self._changed.wait_for(lambda: self._batch or self._closed)
+                if not self._batch:
+                    return
+                self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
+                batch, self._batch = self._batch, []
+                size = self._unwritten
+            self._write(batch)
             with self._changed:
-                text = "".join(self._texts)
-                self._texts.clear()
-            self._write(text)
-            with self._changed:
-                self._unwritten_lines -= text.count("\n")
-                self._changed.notify_all()
+                self._unwritten -= size
 
 
-def _write_to_terminal(descriptor: int, encoding: str, text: str) -> None:
-    """Write all of a text, unbuffered, however long the terminal takes."""
-    data = memoryview(text.encode(encoding, "backslashreplace"))
-    try:
-        while data:
+class Terminal:
+    """The recorder of what the server's terminal shows."""
+
+    def __init__(self, *, times: bool = False) -> None:
+        """times: put date and time before each line."""
+        self._time_format = "%Y-%m-%d %H:%M:%S " if times else ""
+        # A stream that was closed before the start is None.
+        screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
+        self._descriptor = screen
+        self._encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
+        self._recorder = Recorder(self._write, "({} lines left out)".format)
+        self.close = self._recorder.close
+
+    def tell(self, lines: str) -> None:
+        """Show one line or several, without the last newline.  Never waits."""
+        now = time.strftime(self._time_format)
+        self._recorder.put(now + lines.replace("\n", f"\n{now}"), lines.count("\n") + 1)
+
+    def _write(self, batch: list[str]) -> None:
+        text = "".join([f"{lines}\n" for lines in batch])
+        data = memoryview(text.encode(self._encoding, "backslashreplace"))
+        try:
+            while data:
+                try:
+                    data = data[os.write(self._descriptor, data) :]
+                except BlockingIOError:  # some terminals are shared, and do not block
+                    select.select([], [self._descriptor], [])
+        except OSError:
+            pass  # nobody reads it any more; the chat goes on
+
+
+# --- the database -------------------------------------------------------------------
+
+
+class DatabaseError(Exception):
+    """The file cannot be used; str() of it is what is wrong, and what to do."""
+
+
+class _Account(NamedTuple):
+    """What is kept of a password: its scrypt hash (RFC 7914), and what that took."""
+
+    salt: bytes
+    hash: bytes
+    n: int
+    r: int
+    p: int
+
+
+_SCHEMA = f"""
+    BEGIN IMMEDIATE;
+    CREATE TABLE IF NOT EXISTS messages(
+        id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT);
+    CREATE TABLE IF NOT EXISTS accounts(
+        key TEXT PRIMARY KEY, name TEXT, salt BLOB, hash BLOB,
+        n INTEGER, r INTEGER, p INTEGER, since REAL);
+    PRAGMA user_version = {SCHEMA_VERSION};
+    COMMIT;
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+"""
+
+
+class Database:
+    """An SQLite file with what is said to the room, and with accounts.
+
+    The room never waits for it: a recorder writes, and what is read is in memory.  Only
+    a handler whose client changes its account waits for the disk itself.
+    """
+
+    def __init__(self, path: str, tell: Callable[[str], None]) -> None:
+        """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
+        self._path = os.path.abspath(path)
+        self._tell = tell
+        self._using = threading.Lock()  # guards the connection; held while it is used
+        try:
+            self._connection = self._connect(self._path)
+            self._check_kind()
+            self._lock_file = self._connect(f"{self._path}-lock", timeout=0)
+            self._lock_file.execute("BEGIN EXCLUSIVE")  # until this process ends
+            self._connection.executescript(_SCHEMA)
+            rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
+            last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
+            rows = "SELECT key, salt, hash, n, r, p FROM accounts"
+            accounts = self._connection.execute(rows).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            if "locked" in str(error):
+                raise DatabaseError("another server has it (stop that one)") from None
+            raise DatabaseError(f"{error} (choose another --database)") from None
+        self._file = self._stat()
+        # Guarded by the server's lock, as the order of what is said is.
+        self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
+        self.accounts = {key: _Account(*fields) for key, *fields in accounts}
+        self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
+        self._failing = False
+        self.closing = threading.Event()  # wait for nothing any longer
+        self._recorder = Recorder(self._write, self._tell_gap)
+
+    @staticmethod
+    def _connect(path: str, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        return sqlite3.connect(
+            path, timeout, isolation_level=None, check_same_thread=False
+        )
+
+    def _check_kind(self) -> None:
+        """Raise sqlite3.Error unless the file is empty or a database of this chat."""
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise sqlite3.Error("a later version of this program made it")
+        if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            self._connection.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.stat(self._path)
+        return status.st_dev, status.st_ino
+
+    def close(self, seconds: float) -> None:
+        """Write all that was said, for so long at most, and close the file."""
+        self.closing.set()
+        self._recorder.close(seconds)
+        if self._using.acquire(timeout=seconds):
+            self._connection.close()
+
+    # --- what is said ---------------------------------------------------------------
+
+    def remember(self, name: str, texts: Sequence[str]) -> None:
+        """Keep messages of a member.  Never waits; caller holds the server's lock."""
+        at = time.time()
+        self._last.extend([(at, name, text) for text in texts])
+        self._recorder.put((at, name, texts), len(texts))
+
+    def history(self, most: int) -> list[str]:
+        """Return the last messages for notices.  Caller holds the server's lock."""
+        first = max(0, len(self._last) - most)
+        return [
+            f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
+            for at, name, text in islice(self._last, first, None)
+        ]
+
+    def _write(self, batch: list[tuple[float, str, Sequence[str]]]) -> None:
+        """Write a batch in one transaction, however long it takes to succeed."""
+        values = [
+            v for at, name, texts in batch for text in texts for v in (at, name, text)
+        ]
+        while True:
             try:
-                data = data[os.write(descriptor, data) :]
-            except BlockingIOError:  # some terminals are shared, and do not block
-                select.select([], [descriptor], [])
-    except OSError:
-        pass  # nobody reads it any more; the chat goes on
+                self._insert(values)
+                break
+            except (sqlite3.Error, OSError) as error:
+                if not self._failing:
+                    self._tell(f"Cannot write to the database for now: {error}")
+                self._failing = True
+                if self.closing.wait(RETRY_SECONDS):
+                    self._tell_gap(len(values) // 3)
+                    return
+        if self._failing:
+            self._tell("The database is written again.")
+        self._failing = False
+
+    def _insert(self, values: list[Any]) -> None:
+        """Insert rows of (at, name, text).  Raises OSError or sqlite3.Error.
+
+        Many rows a statement: the interpreter lock is taken back after each of these.
+        """
+        size = 3 * ROWS_PER_INSERT
+        with self._used() as connection:
+            for first in range(0, len(values), size):
+                rows = values[first : first + size]
+                marks = ",".join(["(?,?,?)"] * (len(rows) // 3))
+                connection.execute(
+                    f"INSERT INTO messages(at, name, text) VALUES {marks}", rows
+                )
+
+    @contextmanager
+    def _used(self) -> Iterator[sqlite3.Connection]:
+        """Make a transaction.  Raises OSError or sqlite3.Error."""
+        with self._using, self._connection as connection:
+            if self._stat() != self._file:
+                raise OSError("the file is another one")
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+
+    def _tell_gap(self, messages: int) -> None:
+        self._tell(f"({messages} messages left out of the database)")
+
+    # --- accounts -------------------------------------------------------------------
+
+    def keep(self, name: str, password: bytes) -> None:
+        """Keep a name for its owner.  Raises ProtocolError if that fails."""
+        key, salt = protocol.name_key(name), secrets.token_bytes(SALT_BYTES)
+        account = _Account(salt, b"", **SCRYPT)
+        account = account._replace(hash=self._hash(password, account))
+        row = (key, name, *account, time.time())
+        self._change("INSERT OR REPLACE INTO accounts VALUES (?,?,?,?,?,?,?,?)", row)
+        self.accounts[key] = account
+
+    def give_up(self, name: str) -> None:
+        """Keep a name no longer.  Raises ProtocolError if it was not kept, or is still."""
+        key = protocol.name_key(name)
+        if key not in self.accounts:
+            raise ProtocolError(f"The name {name} is not kept.")
+        self._change("DELETE FROM accounts WHERE key = ?", (key,))
+        del self.accounts[key]
+
+    def _change(self, statement: str, values: tuple[Any, ...]) -> None:
+        try:
+            with self._used() as connection:
+                connection.execute(statement, values)
+        except (sqlite3.Error, OSError) as error:
+            raise ProtocolError(f"The database cannot be written: {error}.") from None
+
+    def is_password(self, account: _Account, password: bytes) -> bool:
+        """Compare in constant time."""
+        return hmac.compare_digest(account.hash, self._hash(password, account))
+
+    def _hash(self, password: bytes, account: _Account) -> bytes:
+        """Return a scrypt hash; raises ProtocolError if the server shuts down first."""
+        while not self._hashing.acquire(timeout=RETRY_SECONDS):
+            if self.closing.is_set():
+                raise ProtocolError("Server is shutting down.")
+        try:
+            return hashlib.scrypt(
+                password, salt=account.salt, n=account.n, r=account.r, p=account.p
+            )
+        finally:
+            self._hashing.release()
 
 
 # --- the program --------------------------------------------------------------------
@@ -1184,6 +1514,10 @@ def _parse_arguments() -> argparse.Namespace:
     flags.add_argument(
         "--times", action="store_true", help="print date and time before each line"
     )
+    flags.add_argument(
+        "--database", metavar="FILE",
+        help="keep what is said, and names with a password, in this SQLite file",
+    )  # fmt: skip
     return flags.parse_args()
 
 
@@ -1216,6 +1550,19 @@ def _stop_on_signals(server: ChatServer) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def _stop_on_bugs(server: ChatServer) -> list[object]:
+    """Have an exception that no thread expected stop the server; return these."""
+    bugs: list[object] = []
+
+    def stop(bug: threading.ExceptHookArgs) -> None:
+        bugs.append(bug.exc_type)
+        threading.__excepthook__(bug)  # tells of it, with the traceback
+        server.stop()
+
+    threading.excepthook = stop
+    return bugs
+
+
 # What to do about an error of the start.
 _ADVICE = {
     errno.EADDRINUSE: "another program has that port: choose another --port",
@@ -1232,54 +1579,42 @@ def _explain(error: OSError | UnicodeError) -> str:
     return f"{error.strerror or error} ({advice})"
 
 
-def _open_terminal(times: bool) -> tuple[Recorder, Callable[[str], None]]:
-    """Return the recorder of the terminal, and what takes lines for it."""
-    # A stream that was closed before the start is None.
-    screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
-    encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
-    terminal = Recorder(partial(_write_to_terminal, screen, encoding))
-
-    def tell(lines: str) -> None:
-        now = time.strftime("%Y-%m-%d %H:%M:%S ")
-        terminal.put(now + lines.replace("\n", f"\n{now}"))
-
-    return terminal, tell if times else terminal.put
-
-
 def main() -> int:
     """Run the server; return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
     options = _parse_arguments()
     _raise_open_file_limit(options.max_clients)
-    status = 0
+    terminal = Terminal(times=options.times)
+    database = None
     try:
-        terminal, tell = _open_terminal(options.times)
+        if options.database:
+            database = Database(options.database, terminal.tell)
         server = ChatServer(
             options.host, options.port, max_clients=options.max_clients,
-            lines_per_second=options.rate, tell_messages=not options.quiet, tell=tell,
+            lines_per_second=options.rate, tell_messages=not options.quiet,
+            tell=terminal.tell, database=database,
         )  # fmt: skip
+    except DatabaseError as error:
+        print(f"server.py: cannot use {options.database!r}: {error}", file=sys.stderr)
+        return 1
     except (OSError, UnicodeError) as error:
         where = f"{protocol.clean(options.host)!r}, port {options.port}"
         print(
             f"server.py: cannot listen on {where}: {_explain(error)}", file=sys.stderr
         )
         return 1
-
-    def stop_on_bug(bug: threading.ExceptHookArgs) -> None:
-        nonlocal status
-        threading.__excepthook__(bug)  # the traceback
-        status = 1
-        server.stop()
-
-    threading.excepthook = stop_on_bug
+    bugs = _stop_on_bugs(server)
     _stop_on_signals(server)
-    tell("Server is running...")
-    tell(f"Listening on {server.address}")
+    terminal.tell(f"Server is running...\nListening on {server.address}")
+    if database and not server.is_local:
+        terminal.tell("Passwords travel in the clear: see README, Over the network.")
     try:
         server.serve()
     finally:
-        terminal.drain(LAST_LINES_SECONDS)
-    return status
+        if database:
+            database.close(LAST_LINES_SECONDS)
+        terminal.close(LAST_LINES_SECONDS)
+    return 1 if bugs else 0
 
 
 if __name__ == "__main__":
