@@ -27,8 +27,6 @@ if __name__ == "__main__":
 import argparse
 import errno
 import hashlib
-import hmac
-import ipaddress
 import os
 import secrets
 import select
@@ -93,6 +91,7 @@ LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
 LINGER_SECONDS = 1.0  # for the last lines to a client that leaves
+LOOK_SECONDS = 0.02  # between two looks at the connections that linger
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
@@ -204,17 +203,15 @@ class ChatServer:
         self._listener = _listen(host, port)
         host, port = self._listener.getsockname()[:2]
         self.address = _format_address((host, port))
-        self.is_local = ipaddress.ip_address(host).is_loopback
+        self.is_local = host == "::1" or host.startswith("127.")
         self._accept_at = FOREVER  # when to try again, after something has run out
         self._exhausted = False  # it has, and the terminal was told
-        # Connections that we have ended, until the peer ends them too: socket → the
-        # time at which we wait no longer, the earliest first.
-        self._lingering: dict[socket.socket, float] = {}
-        self._arrivals = _Selector()  # the listener and the lingering; stop() wakes it
-        self._arrivals.register(self._listener, selectors.EVENT_READ, self._accept_one)
+        self._arrivals = _Selector()  # watches the listener; stop() wakes it
+        self._arrivals.register(self._listener, selectors.EVENT_READ)
         self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
-        # Through this, handlers hand ended connections over to the main thread.
-        self._ended: deque[socket.socket] = deque()
+        # Connections that we have ended, until the peer ends them too: socket → the
+        # time at which we wait no longer.  Handlers add, only the main thread removes.
+        self._lingering: dict[socket.socket, float] = {}
 
         # Guards the names below, and the outbox, which change together.  Held for table
         # operations only: never while sending, receiving or joining a thread.
@@ -253,34 +250,34 @@ class ChatServer:
             self._attend(FOREVER)
 
     def _attend(self, seconds: float) -> None:
-        """Wait, so long at most, for something to happen to a connection; see to it."""
-        seconds = min(seconds, self._meet_deadlines())
-        for key in self._arrivals.wait(seconds):
-            key.data(key.fileobj)
+        """Wait, so long at most, for a connection to come or to end; see to it."""
+        if self._arrivals.wait(min(seconds, self._meet_deadlines())):
+            self._accept_one()
 
     def _meet_deadlines(self) -> float:
-        """Do what is due; return the seconds until more will be."""
+        """Do what is due; return the seconds until more may be."""
         now = time.monotonic()
         if now >= self._accept_at:
             self._accept_at = FOREVER
-            events = selectors.EVENT_READ
-            self._arrivals.register(self._listener, events, self._accept_one)
-        while self._ended:
-            self._linger(self._ended.popleft(), now + LINGER_SECONDS)
-        while (close_at := next(iter(self._lingering.values()), FOREVER)) <= now:
-            self._close(next(iter(self._lingering)))
+            self._arrivals.register(self._listener, selectors.EVENT_READ)
+        for client_socket, close_at in list(self._lingering.items()):
+            if now >= close_at or _has_ended(client_socket):
+                del self._lingering[client_socket]
+                client_socket.close()
         with self._lock:
-            while (
-                client := next(iter(self._unjoined), None)
-            ) and client.join_by <= now:
+            while client := next(iter(self._unjoined), None):
+                if client.join_by > now:
+                    break
                 reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
                 self._drop_unjoined(client, "it has not joined in time", reason)
-        join_by = client.join_by if client else FOREVER
-        return min(self._accept_at, close_at, join_by) - now
+        look_at = now + LOOK_SECONDS if self._lingering else FOREVER
+        return (
+            min(self._accept_at, look_at, client.join_by if client else FOREVER) - now
+        )
 
-    def _accept_one(self, listener: socket.socket) -> None:
+    def _accept_one(self) -> None:
         try:
-            client_socket, address = listener.accept()
+            client_socket, address = self._listener.accept()
         except OSError as error:
             if error.errno in EXHAUSTED:
                 self._accept_later(error)
@@ -337,7 +334,7 @@ class ChatServer:
         """Tell a newcomer that there is no room; it gets no thread."""
         self._tell(f"Refused {client}: the chat is full")
         _send_at_once(client, protocol.refusal(f"{protocol.FULL}, {advice}."))
-        self._ended.append(client.socket)
+        self._linger(client.socket)
 
     def _accept_later(self, error: Exception) -> None:
         """Pause accepting: the listener stays readable, and the loop would spin."""
@@ -347,7 +344,7 @@ class ChatServer:
         self._accept_at = time.monotonic() + ACCEPT_PAUSE_SECONDS
         self._arrivals.unregister(self._listener)
 
-    def _linger(self, client_socket: socket.socket, close_at: float) -> None:
+    def _linger(self, client_socket: socket.socket) -> None:
         """End our side of a connection, and give the peer a moment to end its own.
 
         A close with input unread would reset the connection, and could cost the peer
@@ -355,23 +352,8 @@ class ChatServer:
         """
         _shut(client_socket, socket.SHUT_WR)
         client_socket.setblocking(False)
-        self._lingering[client_socket] = close_at
-        self._arrivals.register(client_socket, selectors.EVENT_READ, self._drain)
-
-    def _drain(self, client_socket: socket.socket) -> None:
-        try:
-            ended = not client_socket.recv(TURN_BYTES)
-        except BlockingIOError:
-            ended = False
-        except OSError:
-            ended = True
-        if ended:
-            self._close(client_socket)
-
-    def _close(self, client_socket: socket.socket) -> None:
-        del self._lingering[client_socket]
-        self._arrivals.unregister(client_socket)
-        client_socket.close()
+        self._lingering[client_socket] = time.monotonic() + LINGER_SECONDS
+        self._arrivals.wake()
 
     # --- one client: its handler ----------------------------------------------------
 
@@ -406,10 +388,9 @@ class ChatServer:
             _send_at_once(client, client.farewell)
         if not client.name:
             self._tell(f"Closed connection from {client}")
+        self._linger(client.socket)
         with self._lock:
             del self._connections[client.socket]
-        self._ended.append(client.socket)
-        self._arrivals.wake()
 
     def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
         """Yield the lines of a client as they come, no more of them than it may send.
@@ -717,14 +698,13 @@ class ChatServer:
             for client in clients:
                 if client.thread:
                     client.thread.join()
-            for client_socket in (*self._lingering, *self._ended):
+            for client_socket in self._lingering:
                 client_socket.close()
             self._arrivals.close()
 
     def _await_hang_ups(self, deadline: float) -> None:
-        while self._connections or self._ended or self._lingering:
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
+        while self._connections or self._lingering:
+            if (seconds := deadline - time.monotonic()) <= 0:
                 break
             self._attend(seconds)
 
@@ -1180,6 +1160,16 @@ def _shut(client_socket: socket.socket, how: int) -> None:
         pass  # ended already
 
 
+def _has_ended(client_socket: socket.socket) -> bool:
+    """Look, without waiting, whether the peer has ended a connection; pass over input."""
+    try:
+        return not client_socket.recv(TURN_BYTES)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def _format_address(address: tuple[str, int]) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -1473,7 +1463,7 @@ class Database:
 
     def is_password(self, account: _Account, password: bytes) -> bool:
         """Compare in constant time."""
-        return hmac.compare_digest(account.hash, self._hash(password, account))
+        return secrets.compare_digest(account.hash, self._hash(password, account))
 
     def _hash(self, password: bytes, account: _Account) -> bytes:
         """Return a scrypt hash; raises ProtocolError if the server shuts down first."""
