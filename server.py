@@ -118,6 +118,9 @@ GONE_AGAIN = {
 }  # fmt: skip
 
 FOREVER = float("inf")
+# Where there is only select(), on Windows, it takes no more than 512 sockets.
+ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
+MAX_WATCHED = 500 if ONLY_SELECT else sys.maxsize
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 
 
@@ -170,6 +173,10 @@ class _Entry(NamedTuple):
     joins: bool = False  # from here on it gets the stream
     leaves: bool = False  # and from here on no more
 
+    def size(self) -> int:
+        """Return how many bytes of memory it takes."""
+        return ENTRY_BYTES + len(self.to_others) + len(self.to_self)
+
 
 class ChatServer:
     """The room: who is in, and the threads that serve them.
@@ -221,7 +228,7 @@ class ChatServer:
         self._unjoined: dict[_Client, None] = {}  # in order of arrival
         self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
         self._outbox = _Outbox(self._lock, tell)
-        self._broadcaster = _Broadcaster(self._outbox, self.stop)
+        self._broadcaster = _Broadcaster(self._outbox, self._release_all)
 
     def serve(self) -> None:
         """Run the chat until stop() is called, or the broadcaster ends with a bug."""
@@ -427,17 +434,16 @@ class ChatServer:
             try:
                 if text := protocol.decode_message(line):
                     name = protocol.check_name(text)
-                    return self._is_owner(client, name, lines) and self._join(
-                        client, name
-                    )
+                    owner = self._is_owner(client, name, lines)
+                    return owner and self._join(client, name)
             except ProtocolError as error:
                 tried += 1
-                most = MAX_NAMES_TRIED
-                last = f" ({most} of {most} tries on this connection)"
-                reason = f"{error}{last if tried == most else ''}"
+                reason = str(error)
+                if tried == MAX_NAMES_TRIED:
+                    reason += f" ({tried} of {tried} tries on this connection)"
                 self._tell(f"Refused {client}: {reason}")
                 _send_at_once(client, protocol.refusal(reason))
-                if tried == most:
+                if tried == MAX_NAMES_TRIED:
                     return False
         return False
 
@@ -502,9 +508,8 @@ class ChatServer:
                 if line in protocol.QUIT_LINES:
                     self._say(client, said)
                     if self._tell_messages:
-                        self._tell(
-                            f"Received message from {client.name}: {line.decode()}"
-                        )
+                        q = line.decode()
+                        self._tell(f"Received message from {client.name}: {q}")
                     return
                 answer, client.answer = client.answer, None
                 try:
@@ -520,7 +525,7 @@ class ChatServer:
                         said.append(text)
                 except ProtocolError as error:
                     self._tell(f"Refused a line from {client}: {error}")
-                    self._submit(client, b"", protocol.refusal(error))
+                    self._submit(_Entry(client, b"", protocol.refusal(error)))
             self._say(client, said)
             if self._outbox.closed.is_set():
                 return
@@ -542,28 +547,22 @@ class ChatServer:
         lines = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
         told = "\n".join([f"Received message from {line}" for line in lines])
         texts = [line.removeprefix(f"{sender.name}: ") for line in lines]
-        self._submit(
-            sender, message, told=told if self._tell_messages else "", said=texts
-        )
+        told = told if self._tell_messages else ""
+        self._submit(_Entry(sender, message), told, texts)
 
-    def _submit(
-        self,
-        client: _Client,
-        to_others: bytes,
-        to_self: bytes = b"",
-        told: str = "",
-        said: Sequence[str] = (),
-    ) -> bool:
+    def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
 
-        told: what is for the terminal; said: what is for the database.  Returns False
-        if the client has left.
+        told, said: what is for the terminal and for the database, which so keep the
+        order of the room.  Returns False if the entry's client has left.
         """
+        client = entry.client
+        assert client
         with self._lock:
-            has_room = self._outbox.wait_for_room(len(to_others) + len(to_self))
+            has_room = self._outbox.wait_for_room(entry)
             here = not client.released
             if has_room and here:
-                self._outbox.append(_Entry(client, to_others, to_self), told)
+                self._outbox.append(entry, told)
                 if said and self._database:
                     self._database.remember(client.name, said)
         self._broadcaster.wake()
@@ -574,24 +573,20 @@ class ChatServer:
     def _obey(self, client: _Client, command: str, rest: str) -> None:
         """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
         if command not in self._commands:
-            raise ProtocolError(
-                "There is no such command: /help lists them (//TEXT says /TEXT)."
-            )
-        self._commands[command].obey(self, client, rest)
+            raise ProtocolError("No such command: see /help (//TEXT says /TEXT).")
+        obey, _, _ = self._commands[command]
+        obey(self, client, rest)
 
     def _answer(self, client: _Client, *notices: str) -> None:
-        self._submit(client, b"", b"".join(map(protocol.notice, notices)))
+        self._submit(_Entry(client, b"", b"".join(map(protocol.notice, notices))))
 
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
-        first, *others = [
-            ", ".join(names[place : place + MAX_NAMES_LISTED])
-            for place in range(0, len(names), MAX_NAMES_LISTED)
-        ]
-        self._answer(
-            client, f"{len(names)} online: {first}", *(f"… {row}" for row in others)
-        )
+        places = range(0, len(names), MAX_NAMES_LISTED)
+        rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for first in places]
+        others = [f"… {row}" for row in rows[1:]]
+        self._answer(client, f"{len(names)} online: {rows[0]}", *others)
 
     def _msg(self, client: _Client, rest: str) -> None:
         name, _, text = rest.partition(" ")
@@ -602,11 +597,11 @@ class ChatServer:
         told = ""
         if recipient and self._tell_messages:
             told = f"Private message from {client.name} to {recipient.name}"
-        if not recipient or not self._submit(recipient, b"", line, told):
+        if not recipient or not self._submit(_Entry(recipient, b"", line), told):
             raise ProtocolError("Nobody here has that name.")
 
     def _help(self, client: _Client, _: str) -> None:
-        rows = [f"{row.usage}: {row.effect}" for row in self._commands.values()]
+        rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
         self._answer(client, *rows, "q, alone on its line: leaves the chat")
 
     def _history(self, client: _Client, rest: str) -> None:
@@ -621,7 +616,7 @@ class ChatServer:
     def _register(self, client: _Client, _: str) -> None:
         client.answer = partial(self._keep_name, client)
         question = f"Which password shall keep the name {client.name} for you?"
-        self._submit(client, b"", protocol.question(question))
+        self._submit(_Entry(client, b"", protocol.question(question)))
 
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
@@ -660,6 +655,14 @@ class ChatServer:
             client.released.wait()
 
     # --- the end --------------------------------------------------------------------
+
+    def _release_all(self) -> None:
+        """Let no handler wait for a send, once there will be none.  Ends the server."""
+        with self._lock:
+            for client in self._connections.values():
+                if client.released:
+                    client.released.set()
+        self.stop()
 
     def _shut_down(self, broadcaster: threading.Thread) -> None:
         """End in order, within SHUTDOWN_SECONDS.
@@ -709,25 +712,16 @@ class ChatServer:
             self._attend(seconds)
 
 
-class _Command(NamedTuple):
-    """What a member can ask for; usage and effect are what /help says of it."""
-
-    obey: Callable[[ChatServer, _Client, str], None]
-    usage: str
-    effect: str
-
-
+# Command → what obeys it, and what /help says of it: usage and effect.
 _COMMANDS = {
-    "/who": _Command(ChatServer._who, "/who", "lists all that are online"),
-    "/msg": _Command(ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
-    "/help": _Command(ChatServer._help, "/help", "lists the commands"),
+    "/who": (ChatServer._who, "/who", "lists all that are online"),
+    "/msg": (ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
+    "/help": (ChatServer._help, "/help", "lists the commands"),
 }
 _DATABASE_COMMANDS = {
-    "/history": _Command(
-        ChatServer._history, "/history [N]", "shows the last N messages"
-    ),
-    "/register": _Command(ChatServer._register, "/register", "keeps your name for you"),
-    "/unregister": _Command(ChatServer._unregister, "/unregister", "gives that up"),
+    "/history": (ChatServer._history, "/history [N]", "shows the last N messages"),
+    "/register": (ChatServer._register, "/register", "keeps your name for you"),
+    "/unregister": (ChatServer._unregister, "/unregister", "gives your name up"),
 }
 
 
@@ -749,12 +743,13 @@ class _Outbox:
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def wait_for_room(self, size: int) -> bool:
-        """Wait until so many bytes may be appended; False once the outbox is closed.
+    def wait_for_room(self, entry: _Entry) -> bool:
+        """Wait until an entry may be appended; False once the outbox is closed.
 
-        A client that says much at once may fill only half of it: the other half keeps
-        the way free for all that just say something.
+        One that says much may fill only half of the outbox: the other half keeps the
+        way free for all that just say something.
         """
+        size = entry.size()
         limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
         while self._entries and self._bytes + size > limit and not self.closed.is_set():
             self._has_room.wait()
@@ -768,7 +763,7 @@ class _Outbox:
         if told:
             self._tell(told)
         self._entries.append(entry)
-        self._bytes += ENTRY_BYTES + len(entry.to_others) + len(entry.to_self)
+        self._bytes += entry.size()
 
     def take(self) -> list[_Entry]:
         """Return all entries and have room again; for the broadcaster."""
@@ -791,10 +786,10 @@ class _Broadcaster:
     the members' places.
     """
 
-    def __init__(self, outbox: _Outbox, stop: Callable[[], None]) -> None:
-        """stop: ends the server; called when there is nobody left who sends."""
+    def __init__(self, outbox: _Outbox, on_end: Callable[[], None]) -> None:
+        """on_end: called when the last send is done, or a bug rules it out."""
         self._outbox = outbox
-        self._stop = stop
+        self._on_end = on_end
         # What some member has still to be sent, addressed by its offset since the start
         # of the server; the offset behind its last byte.
         self._stream = bytearray()
@@ -879,11 +874,9 @@ class _Broadcaster:
         return bool(entries)
 
     def _add_spot(self, member: _Client, start: int, end: int, face: bytes) -> None:
-        last_start, last_end, last_face = (
-            member.spots[-1] if member.spots else (0, 0, b"")
-        )
-        if last_end == start and not face:  # its own lines one after the other
-            member.spots[-1] = last_start, end, last_face
+        if member.spots and member.spots[-1][1] == start and not face:
+            first, _, seen = member.spots[-1]
+            member.spots[-1] = first, end, seen  # its own lines one after the other
         else:
             member.spots.append((start, end, face))
             member.spot_bytes += ENTRY_BYTES + len(face)
@@ -965,9 +958,11 @@ class _Broadcaster:
                 self._writable.unregister(member.socket)
         elif member not in self._slow:
             try:
+                if len(self._slow) >= MAX_WATCHED:
+                    raise OSError(errno.EMFILE, "too many others are")
                 self._writable.register(member.socket, selectors.EVENT_WRITE, member)
                 self._slow[member] = None
-            except OSError as error:  # the system watches no more of them
+            except OSError as error:
                 member.dropped = f"too slow, and {error.strerror}"
                 self._drop(member)
 
@@ -1011,15 +1006,11 @@ class _Broadcaster:
         """Close our side of all connections to members; no handler waits any longer."""
         with self._outbox.lock:
             self._outbox.close()
-        leaving = [entry.client for entry in self._outbox.take()]  # only after a bug
-        for client in (*leaving, *self._members):
-            if client and client.released:
-                client.released.set()
         for member in self._members:
             _shut(member.socket, socket.SHUT_WR)
         self._writable.close()
         self.ended.set()
-        self._stop()
+        self._on_end()
 
 
 class _Selector(selectors.DefaultSelector):
@@ -1084,20 +1075,16 @@ def _listen(host: str, port: int) -> socket.socket:
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     ):
         try:
-            # create_server sets SO_REUSEADDR where that is what lets a restarted
-            # server have its port back at once.
+            # It sets SO_REUSEADDR where that is what lets a restarted server have its
+            # port back at once.
             listener = socket.create_server(
                 address, family=family, backlog=LISTEN_BACKLOG
             )
-        except OSError as error:
-            # Its own text: create_server() adds the address to it.
-            reason = str(error.strerror).partition(" (while attempting")[0]
-            failure = failure or OSError(error.errno, reason)
-        else:
             listener.setblocking(False)
             return listener
-    assert failure is not None  # getaddrinfo gives at least one address or raises
-    raise failure
+        except OSError as error:
+            failure = failure or error
+    raise failure or OSError(errno.EADDRNOTAVAIL, "no address")
 
 
 def _set_options(client_socket: socket.socket) -> None:
@@ -1372,6 +1359,7 @@ class Database:
         self._recorder.close(seconds)
         if self._using.acquire(timeout=seconds):
             self._connection.close()
+        self._lock_file.close()
 
     # --- what is said ---------------------------------------------------------------
 
@@ -1565,8 +1553,10 @@ _ADVICE = {
 def _explain(error: OSError | UnicodeError) -> str:
     if isinstance(error, UnicodeError):  # it cannot even be looked up
         return "that is no host name (give --host a name or an address)"
-    advice = _ADVICE.get(error.errno or 0, "try another --host")
-    return f"{error.strerror or error} ({advice})"
+    if isinstance(error, socket.gaierror):
+        return f"{error.strerror} (give --host another name or address)"
+    code = error.errno or 0
+    return f"{os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
 
 
 def main() -> int:
