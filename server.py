@@ -1,9 +1,9 @@
 """The chat server: a thread per client reads, the broadcaster sends to all.
 
 Threads:
-  main          accept_connections: accepts, closes; at the end runs the shutdown
+  main          accept_connections: accepts and closes; at the end runs the shutdown
   handlers      handle_client, one per client: read, check, append to the outbox
-  broadcaster   sends to the members; in a quiet room a handler makes a pass for it
+  broadcaster   all that is ever sent to members
   recorder      writes what the terminal shows
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
@@ -21,11 +21,10 @@ if __name__ == "__main__":
     import sys
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit("server.py: needs Python 3.11 or newer (try python3.11 server.py)")
 
 import argparse
-import enum
 import errno
 import os
 import select
@@ -40,7 +39,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import protocol
 from protocol import ProtocolError
@@ -57,7 +56,7 @@ THROTTLE_PAUSE_SECONDS = 0.05  # a client that may not send now is read again af
 MAX_NAMES_TRIED = 5
 MAX_NAMES_LISTED = 20
 JOIN_SECONDS = 120.0
-GONE_SECONDS = 10.0  # that a peer is read which is gone: its flood keeps no name taken
+GONE_SECONDS = 10.0  # a peer that is gone is read for so long: its flood keeps no name
 
 # Small, so that a message is passed on before many of its kind have piled up: the 99th
 # percentile of the latency under many small senders is half of that with 64 KiB.
@@ -73,9 +72,9 @@ MAX_OUTBOX_BYTES = 256 * 1024
 # What one member may have still to be sent.  The stream is shared: all slow readers
 # together hold this much once, not each.
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
-SPOT_BYTES = 200  # of memory, for each place where a member sees its own face
-ENTRY_BYTES = 200  # the same, for each entry of the outbox
-TURN_BYTES = 256 * 1024  # that one send offers at most: all of a full outbox
+# Of memory, for each entry, and for each spot where a member sees something else.
+ENTRY_BYTES = 200
+TURN_BYTES = 256 * 1024  # that one send offers: all of a full outbox
 # So often a pass looks at the outbox: members whose turn is still to come get at once
 # what was said meanwhile.  With more than this under way it does not.
 LOOKS_PER_PASS = 8
@@ -83,10 +82,6 @@ MAX_LOOK_BYTES = 16 * 1024
 # Back-pressure: while a member is near its limit, passes of a full outbox come this far
 # apart, 3.3 MB/s.  A member that reads 4 MB/s keeps up, and others wait under 100 ms.
 FULL_PASS_SECONDS = 0.08
-# After a pass that tells of joins: so many times as long as that took, so that in a
-# storm of them one pass tells of many, and the time goes into joining, not telling.
-JOIN_PAUSE = 4
-MAX_JOIN_PAUSE_SECONDS = 0.02
 
 LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
@@ -99,43 +94,20 @@ LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
 # Lines come in bursts, and to wake a thread for each would slow the handlers.
 GATHER_SECONDS = 0.005
 
-# What accept(2) says of a lack that may pass, and of a connection that was gone again.
+# What accept(2) says of a lack that may pass, and of a connection that is gone again.
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-ABORTED = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EAGAIN, errno.EINTR}
-ABORTED |= {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
-ABORTED |= {errno.ENOPROTOOPT, errno.EOPNOTSUPP, getattr(errno, "ENONET", 0)}
+GONE_AGAIN = {
+    errno.ECONNABORTED, errno.EAGAIN, errno.EPERM, errno.EPROTO, errno.ENOPROTOOPT,
+    errno.EOPNOTSUPP, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}  # fmt: skip
 
 FOREVER = float("inf")
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 
 
-class _Spot(NamedTuple):
-    """Where a member sees its own face of an entry, and not stream[start:end]."""
-
-    start: int
-    end: int
-    face: bytes
-
-
 class _Client:
-    """One connection."""
-
-    __slots__ = (
-        "dropped",
-        "farewell",
-        "join_by",
-        "lost",
-        "name",
-        "peer",
-        "place",
-        "read_until",
-        "released",
-        "send",
-        "socket",
-        "spot_bytes",
-        "spots",
-        "thread",
-    )
+    """One connection; once it has joined, a member: a place in the stream."""
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
         self.socket = client_socket
@@ -146,14 +118,15 @@ class _Client:
         self.join_by = time.monotonic() + JOIN_SECONDS
         self.dropped = ""  # why we end it: its handler reads no more
         self.farewell = b""  # the last line to a client that has not joined
-        self.lost = ""  # why sending to it fails: what it sent before is still read,
-        self.read_until = FOREVER  # but not for ever
+        self.lost = ""  # why its peer is gone: what that sent before is still read,
+        self.read_until = FOREVER  # but no longer than this
         self.released: threading.Event | None = None  # set after the last send to it
-        # The sender's own: how far this member has been sent the stream, and the spots
-        # still before it.
+        # The broadcaster's own: up to where it has been sent the stream, and the spots
+        # behind that where it sees its own face of an entry, not the bytes from start
+        # to end.
         self.place = 0
-        self.spots: list[_Spot] = []
-        self.spot_bytes = 0
+        self.spots: list[tuple[int, int, bytes]] = []  # start, end, face
+        self.spot_bytes = 0  # of memory
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
@@ -163,83 +136,13 @@ class _Client:
         if not self.lost:
             self.lost, self.read_until = reason, time.monotonic() + GONE_SECONDS
 
-    def add_spot(self, spot: _Spot) -> None:
-        """Note where this member sees something else than the others do."""
-        last = self.spots[-1] if self.spots else None
-        if last and last.end == spot.start and not spot.face:
-            self.spots[-1] = last._replace(end=spot.end)  # a flood of its own lines
-        else:
-            self.spots.append(spot)
-            self.spot_bytes += SPOT_BYTES + len(spot.face)
-
-    def unsent(self, stream: _Stream) -> bytes:
-        """Return the next bytes for this member, about TURN_BYTES at most."""
-        parts, place, room = [], self.place, TURN_BYTES
-        for start, end, face in chain(self.spots, [_Spot(stream.end, stream.end, b"")]):
-            parts.append(stream.slice(place, min(start, place + room)))
-            room -= start - place
-            if room < 0:
-                break
-            parts.append(face)
-            room -= len(face)
-            if room <= 0:
-                break
-            place = end
-        return b"".join(parts)
-
-    def advance(self, sent: int) -> None:
-        """Move this member's place past what its socket took."""
-        passed = 0
-        for start, end, face in self.spots:
-            ahead = start - self.place
-            if sent < ahead:
-                break
-            sent -= ahead
-            if sent < len(face):
-                self.place, self.spots[passed] = start, _Spot(start, end, face[sent:])
-                self.spot_bytes -= sent
-                sent = 0
-                break
-            sent -= len(face)
-            self.place = end
-            self.spot_bytes -= SPOT_BYTES + len(face)
-            passed += 1
-        del self.spots[:passed]
-        self.place += sent
-
-
-class _Stream:
-    """What some member has still to be sent.
-
-    Its bytes are addressed by their offset since the start of the server.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-        self.end = 0  # the offset behind the last byte
-
-    def __len__(self) -> int:
-        return len(self._bytes)
-
-    def append(self, data: bytes) -> None:
-        self._bytes += data
-        self.end += len(data)
-
-    def slice(self, start: int, end: int) -> bytes | bytearray:
-        first = self.end - len(self._bytes)
-        return self._bytes[start - first : end - first]
-
-    def forget(self, place: int) -> None:
-        """Forget what is before this place: every member has it."""
-        del self._bytes[: place - self.end + len(self._bytes)]
-
-
-class _Move(enum.Enum):
-    """What an entry changes about who is in."""
-
-    NONE = enum.auto()
-    JOIN = enum.auto()
-    LEAVE = enum.auto()
+    def is_read_out(self) -> bool:
+        """Tell whether a peer that is gone for good has been read for long enough."""
+        try:
+            self.socket.getpeername()  # fails once the connection has been reset
+        except OSError:
+            self.lose(os.strerror(errno.ECONNRESET))
+        return time.monotonic() > self.read_until
 
 
 class _Entry(NamedTuple):
@@ -248,63 +151,12 @@ class _Entry(NamedTuple):
     client: _Client | None
     to_others: bytes
     to_self: bytes = b""
-    move: _Move = _Move.NONE
-
-
-class _Throttle:
-    """A token bucket: a client's lines, so many a second and some at once."""
-
-    def __init__(self, per_second: int) -> None:
-        self._per_second = per_second  # 0: no limit
-        self._lines = float(per_second * BURST_SECONDS)
-        self._counted = time.monotonic()
-
-    def take(self, wanted: int) -> int:
-        """Return how many lines, up to `wanted`, may be read now, and count them."""
-        if not self._per_second:
-            return wanted
-        now = time.monotonic()
-        earned = (now - self._counted) * self._per_second
-        self._lines = min(self._per_second * BURST_SECONDS, self._lines + earned)
-        self._counted = now
-        taken = min(wanted, int(self._lines))
-        self._lines -= taken
-        return taken
-
-
-class _Selector(selectors.DefaultSelector):
-    """Waits for sockets, and can be woken by any thread, or by a signal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # A byte sent to the first makes the second readable.
-        self.waker, self._woken = socket.socketpair()
-        self.waker.setblocking(False)
-        self.register(self._woken, selectors.EVENT_READ)
-
-    def wake(self) -> None:
-        """Make a wait() return, the one that runs or else the next one."""
-        try:
-            self.waker.send(b"\0")
-        except OSError:
-            pass  # full of wake-ups, or closed
-
-    def wait(self, seconds: float) -> list[selectors.SelectorKey]:
-        """Return the sockets that are ready; none if it was woken or time is up."""
-        ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
-        keys = [key for key, _ in ready if key.fileobj is not self._woken]
-        if len(keys) < len(ready):
-            self._woken.recv(RECEIVE_BYTES)
-        return keys
-
-    def close(self) -> None:
-        super().close()
-        self.waker.close()
-        self._woken.close()
+    joins: bool = False  # from here on it gets the stream
+    leaves: bool = False  # and from here on no more
 
 
 class ChatServer:
-    """The room: who is in, what is still to be sent, and the threads that do it.
+    """The room: who is in, and the threads that serve them.
 
     Creating it binds and listens; serve() does the rest.  port: 0 takes a free one.
     lines_per_second: 0 is no limit.  tell: takes what is for the server's terminal, one
@@ -326,7 +178,6 @@ class ChatServer:
         self._lines_per_second = lines_per_second
         self._tell_messages = tell_messages
         self._tell = tell
-        self.failed = False  # an exception that nobody expected ended the server
         self._stopping = False
 
         # The main thread's own.
@@ -339,40 +190,24 @@ class ChatServer:
         self._lingering: dict[socket.socket, float] = {}
         self._arrivals = _Selector()  # the listener and the lingering; stop() wakes it
         self._arrivals.register(self._listener, selectors.EVENT_READ, self._accept_one)
-        self.waker = self._arrivals.waker  # for signals: any byte will do
-
-        # Handlers hand over the connections that have ended to the main thread here.
+        self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
+        # Through this, handlers hand ended connections over to the main thread.
         self._ended: deque[socket.socket] = deque()
 
-        # Guards the names below, which change together.  Held for table operations
-        # only: never while sending, receiving or joining a thread.
+        # Guards the names below, and the outbox, which change together.  Held for table
+        # operations only: never while sending, receiving or joining a thread.
         self._lock = threading.Lock()
         self.clients: dict[str, socket.socket] = {}  # username → socket
-        self._owners: dict[str, _Client] = {}  # name_key() of these → who has the name
+        self._owners: dict[str, _Client] = {}  # name_key() of these names → member
         self._unjoined: dict[_Client, None] = {}  # in order of arrival
-        self._connections: dict[socket.socket, _Client] = {}  # all with a handler
-        self._outbox: list[_Entry] = []
-        self._outbox_bytes = 0
-        self._outbox_closed = threading.Event()  # set under the lock
-        self._room_in_outbox = threading.Condition(self._lock)
-        self._asleep = False  # the sender: the next append has to wake it
-
-        # Whoever holds this is the sender, and owns the names below: the broadcaster,
-        # or a handler for one pass.  Taken before _lock, never after it.
-        self._sending = threading.Lock()
-        self._stream = _Stream()
-        self._members: dict[_Client, None] = {}
-        self._slow: dict[_Client, None] = {}  # members whose sockets are full
-        self._writable = _Selector()  # waits until they are not; an append wakes it
-        self._pass_again = False  # some members had their turn before the last look
-        self._passed = 0  # the place that all but the slow ones have got to
-        self._pass_at = 0.0  # no pass before then
-        self._give_up_at = FOREVER  # set before the outbox is closed
-        self._all_sent = threading.Event()  # the last send to anybody is done
+        self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
+        self._outbox = _Outbox(self._lock, tell)
+        self._broadcaster = _Broadcaster(self._outbox, self.stop)
 
     def serve(self) -> None:
-        """Run the chat until stop() is called; `failed` tells whether a bug did."""
-        broadcaster = threading.Thread(target=self._broadcast, name="broadcaster")
+        """Run the chat until stop() is called, or the broadcaster ends with a bug."""
+        run = self._broadcaster.run
+        broadcaster = threading.Thread(target=run, name="broadcaster")
         broadcaster.start()
         try:
             self.accept_connections()
@@ -384,7 +219,7 @@ class ChatServer:
         self._stopping = True
         self._arrivals.wake()
 
-    # --- connections come and go: the main thread -------------------------------------
+    # --- connections come and go: the main thread -----------------------------------
 
     def accept_connections(self) -> None:
         """Accept clients until told to stop; each one gets a thread of its own.
@@ -406,23 +241,19 @@ class ChatServer:
         now = time.monotonic()
         if now >= self._accept_at:
             self._accept_at = FOREVER
-            self._arrivals.register(
-                self._listener, selectors.EVENT_READ, self._accept_one
-            )
+            events = selectors.EVENT_READ
+            self._arrivals.register(self._listener, events, self._accept_one)
         while self._ended:
             self._linger(self._ended.popleft(), now + LINGER_SECONDS)
-        while (close_at := min(self._lingering.values(), default=FOREVER)) <= now:
+        while (close_at := next(iter(self._lingering.values()), FOREVER)) <= now:
             self._close(next(iter(self._lingering)))
         with self._lock:
             while (
                 client := next(iter(self._unjoined), None)
             ) and client.join_by <= now:
-                self._drop_unjoined(
-                    client,
-                    "it has not joined in time",
-                    f"You have not joined within {JOIN_SECONDS:.0f} seconds.",
-                )
-            join_by = client.join_by if client else FOREVER
+                reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
+                self._drop_unjoined(client, "it has not joined in time", reason)
+        join_by = client.join_by if client else FOREVER
         return min(self._accept_at, close_at, join_by) - now
 
     def _accept_one(self, listener: socket.socket) -> None:
@@ -431,7 +262,7 @@ class ChatServer:
         except OSError as error:
             if error.errno in EXHAUSTED:
                 self._accept_later(error)
-            elif error.errno not in ABORTED:
+            elif error.errno not in GONE_AGAIN:
                 raise
             return
         if not address:  # macOS has none for a peer that is gone again
@@ -450,7 +281,7 @@ class ChatServer:
             with self._lock:
                 self._unjoined.pop(client, None)
                 del self._connections[client_socket]
-            self._turn_away(client, "it cannot serve more for now")
+            self._turn_away(client, "it can serve no more for now")
             self._accept_later(error)
 
     def _make_room(self, client: _Client) -> bool:
@@ -460,20 +291,18 @@ class ChatServer:
         """
         with self._lock:
             if len(self.clients) + len(self._unjoined) >= self._max_clients:
-                longest_waiting = next(iter(self._unjoined), None)
-                if longest_waiting is None:
+                oldest = next(iter(self._unjoined), None)
+                if oldest is None:
                     return False
-                self._drop_unjoined(
-                    longest_waiting,
-                    "it had not joined, and others need the room",
-                    "Others need the room, and you have not joined.",
-                )
+                why = "it had not joined, and others need the room"
+                reason = "Others need the room, and you have not joined."
+                self._drop_unjoined(oldest, why, reason)
             self._connections[client.socket] = client
             self._unjoined[client] = None
         return True
 
     def _drop_unjoined(self, client: _Client, why: str, reason: str) -> None:
-        """End one that has not joined: `why` is for the terminal, `reason` for it.
+        """End a client that has not joined; `why` is for the terminal, `reason` for it.
 
         Caller holds _lock.
         """
@@ -509,20 +338,20 @@ class ChatServer:
 
     def _drain(self, client_socket: socket.socket) -> None:
         try:
-            if client_socket.recv(TURN_BYTES):
-                return
+            ended = not client_socket.recv(TURN_BYTES)
         except BlockingIOError:
-            return
+            ended = False
         except OSError:
-            pass  # reset: that ends it too
-        self._close(client_socket)
+            ended = True
+        if ended:
+            self._close(client_socket)
 
     def _close(self, client_socket: socket.socket) -> None:
         del self._lingering[client_socket]
         self._arrivals.unregister(client_socket)
         client_socket.close()
 
-    # --- one client: its handler ------------------------------------------------------
+    # --- one client: its handler ----------------------------------------------------
 
     def handle_client(self, client_socket: socket.socket) -> None:
         """Serve one client from its name to its end.  Runs in a thread of its own.
@@ -539,13 +368,13 @@ class ChatServer:
                 self._pass_on(client, lines)
         except OSError as error:
             client.lose(error.strerror or str(error))
-        except Exception:
+        except Exception:  # noqa: BLE001
             traceback.print_exc()  # a bug: the others go on
         finally:
             self._end(client)
 
     def _end(self, client: _Client) -> None:
-        """Do what is left to do for a client whose handler reads no more."""
+        """Do the last things for a client whose handler reads no more."""
         if client.dropped:
             self._tell(f"Disconnected {client}: {client.dropped}")
         elif client.lost:
@@ -564,26 +393,26 @@ class ChatServer:
         """Yield the lines of a client as they come, no more of them than it may send.
 
         One at a time until it has joined, since what the next one means depends on it.
-        Ends with EOF, at a shutdown, when we have dropped the client, and some time
-        after the peer is gone.
+        Ends with EOF, at a shutdown, when the client is dropped, and some time after its
+        peer is gone.
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         throttle = _Throttle(self._lines_per_second)
-        receive = client.socket.recv
-        while (chunk := receive(RECEIVE_BYTES)) and not client.dropped:
+        closed = self._outbox.closed
+        while (chunk := client.socket.recv(RECEIVE_BYTES)) and not client.dropped:
             lines = splitter.feed(chunk)
             if not lines and len(chunk) == RECEIVE_BYTES:
                 # A line without end is no reason to keep others from running.
-                self._outbox_closed.wait(PIECE_PAUSE_SECONDS)
+                closed.wait(PIECE_PAUSE_SECONDS)
             while lines:
                 most = MAX_LINES_AT_ONCE if client.name else 1
                 taken = throttle.take(min(len(lines), most))
                 if taken:
                     yield lines[:taken]
                     del lines[:taken]
-                elif self._outbox_closed.wait(THROTTLE_PAUSE_SECONDS):
+                elif closed.wait(THROTTLE_PAUSE_SECONDS):
                     return
-                if client.dropped or (lines and _is_read_out(client)):
+                if client.dropped or (lines and client.is_read_out()):
                     return
 
     def _ask_name(self, client: _Client, lines: Iterator[list[bytes]]) -> bool:
@@ -593,24 +422,18 @@ class ChatServer:
             if line in protocol.QUIT_LINES:
                 return False
             try:
-                text = protocol.decode_message(line)
-                if text:
+                if text := protocol.decode_message(line):
                     return self._join(client, protocol.check_name(text))
             except ProtocolError as error:
                 tried += 1
-                last = tried == MAX_NAMES_TRIED
-                tries = (
-                    f" ({tried} of {tried} tries on this connection)" if last else ""
-                )
-                self._refuse(client, f"{error}{tries}")
-                if last:
+                most = MAX_NAMES_TRIED
+                last = f" ({most} of {most} tries on this connection)"
+                reason = f"{error}{last if tried == most else ''}"
+                self._tell(f"Refused {client}: {reason}")
+                _send_at_once(client, protocol.refusal(reason))
+                if tried == most:
                     return False
         return False
-
-    def _refuse(self, client: _Client, reason: str) -> None:
-        """Refuse a line of a client that is no member yet, and so gets this at once."""
-        self._tell(f"Refused {client}: {reason}")
-        _send_at_once(client, protocol.refusal(reason))
 
     def _join(self, client: _Client, name: str) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
@@ -620,7 +443,7 @@ class ChatServer:
         key = protocol.name_key(name)
         joined = f"{name} has joined the chat."
         with self._lock:
-            if client not in self._unjoined or self._outbox_closed.is_set():
+            if client not in self._unjoined or self._outbox.closed.is_set():
                 return False
             if key in self._owners:
                 raise ProtocolError(f"The name {name} is taken.")
@@ -629,9 +452,11 @@ class ChatServer:
             self._owners[key] = client
             self.clients[name] = client.socket
             client.name = name
-            entry = _Entry(client, protocol.notice(joined), welcome, _Move.JOIN)
-            self._append(entry, f"User {joined}")
-        self._deliver()
+            notice = protocol.notice(joined)
+            self._outbox.append(
+                _Entry(client, notice, welcome, joins=True), f"User {joined}"
+            )
+        self._broadcaster.wake()
         return True
 
     def _greeting(self, name: str) -> str:
@@ -639,10 +464,11 @@ class ChatServer:
         names = ", ".join(islice(self.clients, MAX_NAMES_LISTED))
         more = len(self.clients) - MAX_NAMES_LISTED
         others = f"{names} and {more} more" if more > 0 else names
-        return f"Welcome, {name}! Also online: {others or 'nobody yet'}."
+        online = others or "nobody yet"
+        return f"Welcome, {name}! Also online: {online}. /help lists the commands."
 
     def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
-        """Broadcast what a member says until it leaves."""
+        """Broadcast what a member says, and obey its commands, until it leaves."""
         for batch in lines:
             said: list[str] = []
             for line in batch:
@@ -654,18 +480,25 @@ class ChatServer:
                         )
                     return
                 try:
-                    if text := protocol.decode_message(line):
+                    text = protocol.decode_message(line)
+                    command, text = protocol.split_command(text)
+                    if command:
+                        self._say(client, said)
+                        self._obey(client, command, text)
+                    elif text:
                         said.append(text)
                 except ProtocolError as error:
                     self._tell(f"Refused a line from {client}: {error}")
-                    self._answer(client, protocol.refusal(error))
+                    self._submit(client, b"", protocol.refusal(error))
             self._say(client, said)
-            if self._outbox_closed.is_set():
+            if self._outbox.closed.is_set():
                 return
 
     def _say(self, client: _Client, said: list[str]) -> None:
+        """Broadcast these texts, and empty the list."""
         if said:
             message = "".join([f"{client.name}: {text}\n" for text in said])
+            said.clear()
             self.broadcast_message(message.encode(protocol.ENCODING), client.socket)
 
     def broadcast_message(self, message: bytes, sender_socket: socket.socket) -> None:
@@ -678,40 +511,72 @@ class ChatServer:
         if self._tell_messages:
             texts = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
             told = "\n".join([f"Received message from {text}" for text in texts])
-        with self._lock:
-            if self._wait_for_room(len(message)):
-                self._append(_Entry(self._connections[sender_socket], message), told)
-        self._deliver(len(message))
+        self._submit(self._connections[sender_socket], message, told=told)
 
-    def _answer(self, client: _Client, lines: bytes) -> None:
-        """Append lines for one member alone to the outbox."""
-        with self._lock:
-            if self._wait_for_room(len(lines)):
-                self._append(_Entry(client, b"", lines))
-        self._deliver(len(lines))
+    def _submit(
+        self, client: _Client, to_others: bytes, to_self: bytes = b"", told: str = ""
+    ) -> bool:
+        """Append an entry once there is room for it, unless the server shuts down.
 
-    def _wait_for_room(self, size: int) -> bool:
-        """Wait until so much may be appended; False once the outbox is closed.
-
-        A client that says much at once may fill only half of the outbox: the other half
-        keeps the way free for all that just say something.  Caller holds _lock.
+        told: what is for the terminal.  Returns False if the client has left.
         """
-        limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
-        while self._outbox and self._outbox_bytes + size > limit:
-            if self._outbox_closed.is_set():
-                break
-            self._room_in_outbox.wait()
-        return not self._outbox_closed.is_set()
+        with self._lock:
+            has_room = self._outbox.wait_for_room(len(to_others) + len(to_self))
+            here = not client.released
+            if has_room and here:
+                self._outbox.append(_Entry(client, to_others, to_self), told)
+        self._broadcaster.wake()
+        return here
 
-    def _append(self, entry: _Entry, told: str = "") -> None:
-        """Append to the outbox; `told` is for the terminal, in the order of the room.
+    # --- commands -------------------------------------------------------------------
 
-        Caller holds _lock, and calls _deliver() once it has released that.
-        """
-        self._outbox.append(entry)
-        self._outbox_bytes += ENTRY_BYTES + len(entry.to_others) + len(entry.to_self)
-        if told:
-            self._tell(told)
+    def _obey(self, client: _Client, command: str, rest: str) -> None:
+        """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
+        if command not in self._COMMANDS:
+            raise ProtocolError(
+                "There is no such command: /help lists them (//TEXT says /TEXT)."
+            )
+        obey, _, _ = self._COMMANDS[command]
+        obey(self, client, rest)
+
+    def _answer(self, client: _Client, *notices: str) -> None:
+        self._submit(client, b"", b"".join(map(protocol.notice, notices)))
+
+    def _who(self, client: _Client, _: str) -> None:
+        with self._lock:
+            names = list(self.clients)
+        rows = [
+            ", ".join(names[first : first + MAX_NAMES_LISTED])
+            for first in range(0, len(names), MAX_NAMES_LISTED)
+        ]
+        others = [f"… {row}" for row in rows[1:]]
+        self._answer(client, f"{len(names)} online: {rows[0]}", *others)
+
+    def _msg(self, client: _Client, rest: str) -> None:
+        name, _, text = rest.partition(" ")
+        if not (text := text.lstrip()):
+            raise ProtocolError("Write it like this: /msg NAME TEXT.")
+        recipient = self._owners.get(protocol.name_key(name))
+        line = protocol.private_message(client.name, text)
+        told = ""
+        if recipient and self._tell_messages:
+            told = f"Private message from {client.name} to {recipient.name}"
+        if not recipient or not self._submit(recipient, b"", line, told):
+            raise ProtocolError("Nobody here has that name.")
+
+    def _help(self, client: _Client, _: str) -> None:
+        rows = [
+            f"{command}{arguments}: {what}"
+            for command, (_, arguments, what) in self._COMMANDS.items()
+        ]
+        self._answer(client, *rows, "q, alone on its line: leaves the chat")
+
+    # Command → method, its arguments, what /help says of it.
+    _COMMANDS: ClassVar[dict[str, tuple[Callable[..., None], str, str]]] = {
+        "/who": (_who, "", "lists who is online"),
+        "/msg": (_msg, " NAME TEXT", "says TEXT to NAME alone"),
+        "/help": (_help, "", "lists the commands"),
+    }
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a member off the list, tell the others, wait for the last send to it.
@@ -726,222 +591,20 @@ class ChatServer:
                 return
             del self.clients[client.name]
             del self._owners[protocol.name_key(client.name)]
+            left = protocol.notice(f"{client.name} has left the chat.")
             told = f"Removing user: {client.name} from clients"
-            if self._outbox_closed.is_set():
-                client.released = self._all_sent
+            if self._outbox.closed.is_set():
+                client.released = self._broadcaster.ended
                 self._tell(told)
             else:
                 client.released = threading.Event()
-                left = protocol.notice(f"{client.name} has left the chat.")
-                self._append(_Entry(client, left, move=_Move.LEAVE), told)
-        self._deliver()
+                self._outbox.append(_Entry(client, left, leaves=True), told)
+        self._broadcaster.wake()
         if not client.released.wait(LINGER_SECONDS):
             _shut(client_socket, socket.SHUT_RDWR)  # makes the next send fail
             client.released.wait()
 
-    # --- sending ----------------------------------------------------------------------
-
-    def _deliver(self, size: int = 0) -> None:
-        """Have what was appended sent.  Never waits; called without _lock.
-
-        To wake another thread takes longer than a send.  So while the broadcaster is
-        asleep, the calling handler makes the pass itself, unless it says much (`size`):
-        such a client goes on reading, and the broadcaster joins what it says.
-        """
-        with self._lock:
-            asleep, self._asleep = self._asleep, False
-        if not asleep:
-            return  # the sender looks at the outbox again before it rests
-        if size < RECEIVE_BYTES and self._sending.acquire(blocking=False):
-            try:
-                if not self._slow:
-                    self._make_pass()
-                if self._rest() == FOREVER:
-                    return
-            except BaseException:
-                self._fail()
-                raise
-            finally:
-                self._sending.release()
-        self._writable.wake()
-
-    def _broadcast(self) -> None:
-        """Send all that is appended, until the outbox is closed and empty.
-
-        Runs in the broadcaster.  However it ends, nobody waits for it afterwards.
-        """
-        writable: list[_Client] = []
-        try:
-            while True:
-                with self._sending:
-                    self._give_turns(writable)
-                    self._make_pass()
-                    seconds = self._rest()
-                if seconds is None:
-                    break
-                writable = [key.data for key in self._writable.wait(seconds)]
-        except BaseException:
-            self._fail()
-            raise
-        finally:
-            self._hang_up_all()
-
-    def _rest(self) -> float | None:
-        """Return how long the sender may rest; None if all is sent, or time is up.
-
-        Caller holds _sending.
-        """
-        now = time.monotonic()
-        with self._lock:
-            if self._outbox or self._pass_again:
-                return self._pass_at - now
-            if not self._outbox_closed.is_set():
-                self._asleep = True
-                return FOREVER
-        return self._give_up_at - now if self._slow and now < self._give_up_at else None
-
-    def _make_pass(self) -> None:
-        """Give a turn to each member that keeps up.  Caller holds _sending.
-
-        A pass looks at the outbox a few times: members whose turn is still to come get
-        at once what was said meanwhile, and the others get it in the next pass.
-        """
-        before = self._stream.end
-        if time.monotonic() >= self._pass_at and (self._take_in() or self._pass_again):
-            self._pass_again = False
-            self._passed = self._stream.end
-            members = [member for member in self._members if member not in self._slow]
-            group = len(members) // LOOKS_PER_PASS + 1
-            for first in range(0, len(members), group):
-                if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
-                    self._pass_again = self._take_in()
-                self._give_turns(members[first : first + group])
-        self._mind_slow_readers(self._stream.end - before)
-
-    def _take_in(self) -> bool:
-        """Move all entries of the outbox to the end of the stream; False if none."""
-        with self._lock:
-            entries, self._outbox = self._outbox, []
-            self._outbox_bytes = 0
-            if entries:
-                self._room_in_outbox.notify_all()
-        stream = self._stream
-        for client, to_others, to_self, move in entries:
-            start = stream.end
-            stream.append(to_others)
-            if client is None:
-                continue
-            if move is _Move.JOIN:
-                self._members[client] = None
-                client.place = start
-            if client in self._members:
-                end = sys.maxsize if move is _Move.LEAVE else stream.end
-                client.add_spot(_Spot(start, end, to_self))
-            elif client.released:
-                client.released.set()  # dropped before its leaving
-        return bool(entries)
-
-    def _give_turns(self, members: Iterable[_Client]) -> None:
-        """Send each member what it has not had, as much as its socket takes at once.
-
-        All that members get is sent here.  Caller holds _sending.
-        """
-        end = self._stream.end
-        block: bytes | bytearray = b""
-        place = end  # members at one place share one block
-        for member in members:
-            if member.spots:
-                data = member.unsent(self._stream)
-            elif member.place == end:
-                continue
-            else:
-                if member.place != place:
-                    place = member.place
-                    block = self._stream.slice(place, min(end, place + TURN_BYTES))
-                data = block
-            try:
-                sent = member.send(data, MSG_DONTWAIT) if data else 0
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                member.lose(error.strerror or str(error))
-                self._drop(member)
-                continue
-            if member.spots:
-                member.advance(sent)
-            else:
-                member.place += sent
-            if member.place != end or member.spots or member in self._slow:
-                self._note_progress(member)
-
-    def _note_progress(self, member: _Client) -> None:
-        """Watch the socket of a member that is behind, and only of such a member."""
-        if member.place == sys.maxsize:
-            self._forget(member)  # it leaves, and has had all before that
-        elif member.place == self._stream.end and not member.spots:
-            if member in self._slow:
-                del self._slow[member]
-                self._writable.unregister(member.socket)
-        elif member not in self._slow:
-            try:
-                self._writable.register(member.socket, selectors.EVENT_WRITE, member)
-                self._slow[member] = None
-            except OSError as error:  # the system watches no more of them
-                member.dropped = f"too slow, and {error.strerror}"
-                self._drop(member)
-
-    def _mind_slow_readers(self, taken: int) -> None:
-        """Forget what all members have; drop a member that is too far behind.
-
-        While one is near that, the next pass comes later: in proportion to the bytes
-        that this one took in, and to how far beyond half of its limit the member is.
-        """
-        place, most = self._passed, 0
-        for member in tuple(self._slow):
-            unsent = self._stream.end - member.place + member.spot_bytes
-            if unsent > MAX_UNSENT_BYTES:
-                member.dropped = f"too slow, {MAX_UNSENT_BYTES} bytes waited for it"
-                self._drop(member)
-            else:
-                place, most = min(place, member.place), max(most, unsent)
-        self._stream.forget(place)
-        pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1) * taken / MAX_OUTBOX_BYTES
-        if taken:
-            self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure
-
-    def _drop(self, member: _Client) -> None:
-        """Send nothing more to a member, and wake its handler, which does the rest.
-
-        What a member sent before its connection was lost can still be read.
-        """
-        self._forget(member)
-        _shut(member.socket, socket.SHUT_RDWR)
-
-    def _forget(self, member: _Client) -> None:
-        """Let go of a member that gets nothing more; if it leaves, its handler ends."""
-        del self._members[member]
-        if member in self._slow:
-            del self._slow[member]
-            self._writable.unregister(member.socket)
-        if member.released:
-            member.released.set()
-
-    def _hang_up_all(self) -> None:
-        """Close our side of all connections to members: the broadcaster's last act."""
-        with self._lock:
-            self._outbox_closed.set()
-            self._room_in_outbox.notify_all()
-            for client in self._connections.values():
-                if client.released:
-                    client.released.set()
-        self._all_sent.set()
-        for member in tuple(self._members):
-            _shut(member.socket, socket.SHUT_WR)
-
-    def _fail(self) -> None:
-        """End in order after a bug in the sender, whose thread tells of it."""
-        self.failed = True
-        self.stop()
+    # --- the end --------------------------------------------------------------------
 
     def _shut_down(self, broadcaster: threading.Thread) -> None:
         """End in order, within SHUTDOWN_SECONDS.
@@ -963,37 +626,374 @@ class ChatServer:
                 client.farewell = notice
                 _shut(client.socket, socket.SHUT_RD)
             self._unjoined.clear()
-            self._append(_Entry(None, notice))
-            self._give_up_at = deadline
-            self._outbox_closed.set()
-            self._room_in_outbox.notify_all()
             clients = list(self._connections.values())
-        self._writable.wake()
+            self._broadcaster.give_up_at = deadline
+            self._outbox.append(_Entry(None, notice))
+            self._outbox.close()
+        self._broadcaster.wake()
         broadcaster.join()
-        deadline = min(deadline, time.monotonic() + HANG_UP_SECONDS)
+        try:
+            self._await_hang_ups(min(deadline, time.monotonic() + HANG_UP_SECONDS))
+        finally:
+            with self._lock:
+                for client_socket in self._connections:
+                    _shut(client_socket, socket.SHUT_RDWR)
+            for client in clients:
+                if client.thread:
+                    client.thread.join()
+            for client_socket in (*self._lingering, *self._ended):
+                client_socket.close()
+            self._arrivals.close()
+
+    def _await_hang_ups(self, deadline: float) -> None:
         while self._connections or self._ended or self._lingering:
-            if (seconds := deadline - time.monotonic()) <= 0:
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
                 break
             self._attend(seconds)
-        with self._lock:
-            for client in self._connections.values():
-                _shut(client.socket, socket.SHUT_RDWR)
-        for client in clients:
-            if client.thread:
-                client.thread.join()
-        for client_socket in (*self._lingering, *self._ended):
-            client_socket.close()
+
+
+# --- sending: outbox, stream, broadcaster -------------------------------------------
+
+
+class _Outbox:
+    """What is still to be sent: entries in the one order in which all see them."""
+
+    def __init__(self, lock: threading.Lock, tell: Callable[[str], None]) -> None:
+        """lock: the server's; callers hold it, but for take()."""
+        self.lock = lock
+        self._tell = tell
+        self._has_room = threading.Condition(lock)
+        self._entries: list[_Entry] = []
+        self._bytes = 0
+        self.closed = threading.Event()  # set under the lock
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def wait_for_room(self, size: int) -> bool:
+        """Wait until so many bytes may be appended; False once the outbox is closed.
+
+        A client that says much at once may fill only half of it: the other half keeps
+        the way free for all that just say something.
+        """
+        limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
+        while self._entries and self._bytes + size > limit and not self.closed.is_set():
+            self._has_room.wait()
+        return not self.closed.is_set()
+
+    def append(self, entry: _Entry, told: str = "") -> None:
+        """Add an entry; `told` is for the terminal, which so keeps the same order.
+
+        The broadcaster is to be woken afterwards, without the lock.
+        """
+        if told:
+            self._tell(told)
+        self._entries.append(entry)
+        self._bytes += ENTRY_BYTES + len(entry.to_others) + len(entry.to_self)
+
+    def take(self) -> list[_Entry]:
+        """Return all entries and have room again; for the broadcaster."""
+        with self.lock:
+            entries, self._entries, self._bytes = self._entries, [], 0
+            if entries:
+                self._has_room.notify_all()
+            return entries
+
+    def close(self) -> None:
+        """Accept no more messages; what was appended is still sent."""
+        self.closed.set()
+        self._has_room.notify_all()
+
+
+class _Broadcaster:
+    """Sends to the members what is appended to the outbox, in passes.
+
+    Everything here but wake() runs in one thread, which alone touches the stream and
+    the members' places.
+    """
+
+    def __init__(self, outbox: _Outbox, stop: Callable[[], None]) -> None:
+        """stop: ends the server; called when there is nobody left who sends."""
+        self._outbox = outbox
+        self._stop = stop
+        # What some member has still to be sent, addressed by its offset since the start
+        # of the server; the offset behind its last byte.
+        self._stream = bytearray()
+        self._end = 0
+        self._members: dict[_Client, None] = {}
+        self._slow: dict[_Client, None] = {}  # members whose sockets are full
+        self._writable = _Selector()  # waits until these are not; an append wakes it
+        self._asleep = False  # the next append has to wake it
+        self._pass_again = False  # some members had their turn before the last look
+        self._passed = 0  # the place up to which all but the slow ones have been sent
+        self._pass_at = 0.0  # no pass before then
+        self.give_up_at = FOREVER  # on slow readers; set before the outbox is closed
+        self.ended = threading.Event()  # the last send to anybody is done
+
+    def run(self) -> None:
+        """Send all that is appended until the outbox is closed and empty.
+
+        However this ends, nobody waits for it afterwards.
+        """
+        try:
+            seconds: float | None = 0.0
+            while seconds is not None:
+                writable = [key.data for key in self._writable.wait(seconds)]
+                self._give_turns(writable)
+                self._make_pass()
+                seconds = self._rest()
+        finally:
+            self._hang_up()
+
+    def wake(self) -> None:
+        """Have what was appended sent.  Never waits; for any thread, without the lock."""
+        if self._asleep:  # else it looks at the outbox again before it rests
+            self._asleep = False
+            self._writable.wake()
+
+    def _rest(self) -> float | None:
+        """Return how long to rest; None once all is sent, or time is up."""
+        now = time.monotonic()
+        with self._outbox.lock:
+            if self._outbox or self._pass_again:
+                return self._pass_at - now
+            if not self._outbox.closed.is_set():
+                self._asleep = True
+                return FOREVER
+        return self.give_up_at - now if self._slow and now < self.give_up_at else None
+
+    def _make_pass(self) -> None:
+        """Give a turn to each member that keeps up.
+
+        A pass looks at the outbox a few times: members whose turn is still to come get
+        at once what was said meanwhile, and the others get it in the next pass.
+        """
+        before = self._end
+        if time.monotonic() >= self._pass_at and (self._take_in() or self._pass_again):
+            self._pass_again = False
+            self._passed = self._end
+            members = [member for member in self._members if member not in self._slow]
+            group = len(members) // LOOKS_PER_PASS + 1
+            for first in range(0, len(members), group):
+                if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
+                    self._pass_again = self._take_in()
+                self._give_turns(members[first : first + group])
+        self._mind_slow_readers(self._end - before)
+
+    def _take_in(self) -> bool:
+        """Move all entries of the outbox to the end of the stream; False if none."""
+        entries = self._outbox.take()
+        for client, to_others, to_self, joins, leaves in entries:
+            start = self._end
+            self._stream += to_others
+            self._end += len(to_others)
+            if not client:
+                continue
+            if joins:
+                self._members[client] = None
+                client.place = start
+            if client in self._members:
+                end = sys.maxsize if leaves else self._end
+                self._add_spot(client, start, end, to_self)
+            elif client.released:
+                client.released.set()  # dropped before its leaving
+        return bool(entries)
+
+    def _add_spot(self, member: _Client, start: int, end: int, face: bytes) -> None:
+        last_start, last_end, last_face = (
+            member.spots[-1] if member.spots else (0, 0, b"")
+        )
+        if last_end == start and not face:  # its own lines one after the other
+            member.spots[-1] = last_start, end, last_face
+        else:
+            member.spots.append((start, end, face))
+            member.spot_bytes += ENTRY_BYTES + len(face)
+
+    def _give_turns(self, members: Iterable[_Client]) -> None:
+        """Send each member what it has not had, as much as its socket takes at once.
+
+        All that members get is sent here.
+        """
+        place, block = self._end, bytearray()  # members at one place share one block
+        for member in members:
+            if member.spots:
+                data = self._unsent(member)
+            elif member.place == self._end:
+                continue
+            else:
+                if member.place != place:
+                    place = member.place
+                    block = self._slice(place, min(self._end, place + TURN_BYTES))
+                data = block
+            try:
+                sent = member.send(data, MSG_DONTWAIT) if data else 0
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                member.lose(error.strerror or str(error))
+                self._drop(member)
+                continue
+            if member.spots:
+                self._advance(member, sent)
+            else:
+                member.place += sent
+            if member.place != self._end or member.spots or member in self._slow:
+                self._note_progress(member)
+
+    def _slice(self, start: int, end: int) -> bytearray:
+        first = self._end - len(self._stream)
+        return self._stream[start - first : end - first]
+
+    def _unsent(self, member: _Client) -> bytearray:
+        """Return the next bytes for a member that has spots, about TURN_BYTES at most."""
+        data, place = bytearray(), member.place
+        for start, end, face in chain(member.spots, [(self._end, self._end, b"")]):
+            data += self._slice(place, min(start, place + TURN_BYTES))
+            if start - place > TURN_BYTES:
+                break
+            data += face
+            if len(data) >= TURN_BYTES:
+                break
+            place = end
+        return data
+
+    def _advance(self, member: _Client, sent: int) -> None:
+        """Move the place of a member that has spots past what its socket took."""
+        passed = 0
+        for start, end, face in member.spots:
+            size = start - member.place + len(face)
+            if sent < size:
+                break
+            sent -= size
+            member.place = end
+            member.spot_bytes -= ENTRY_BYTES + len(face)
+            passed += 1
+        del member.spots[:passed]
+        if member.spots:
+            start, end, face = member.spots[0]
+            taken = max(0, sent - (start - member.place))  # of this face
+            member.spots[0] = start, end, face[taken:]
+            member.spot_bytes -= taken
+            sent -= taken
+        member.place += sent
+
+    def _note_progress(self, member: _Client) -> None:
+        """Watch the socket of a member that is behind, and only of such a member."""
+        if member.place == sys.maxsize:
+            self._forget(member)  # it leaves, and has had all before that
+        elif member.place == self._end and not member.spots:
+            if self._slow.pop(member, member) is None:
+                self._writable.unregister(member.socket)
+        elif member not in self._slow:
+            try:
+                self._writable.register(member.socket, selectors.EVENT_WRITE, member)
+                self._slow[member] = None
+            except OSError as error:  # the system watches no more of them
+                member.dropped = f"too slow, and {error.strerror}"
+                self._drop(member)
+
+    def _mind_slow_readers(self, taken: int) -> None:
+        """Forget what all members have; drop a member that is too far behind.
+
+        While one is near that, the next pass comes later: in proportion to the bytes
+        that this one took in, and to how far beyond half of its limit the member is.
+        """
+        place, most = self._passed, 0
+        for member in tuple(self._slow):
+            unsent = self._end - member.place + member.spot_bytes
+            if unsent > MAX_UNSENT_BYTES:
+                member.dropped = f"too slow, {MAX_UNSENT_BYTES} bytes waited for it"
+                self._drop(member)
+            else:
+                place, most = min(place, member.place), max(most, unsent)
+        del self._stream[: place - self._end + len(self._stream)]
+        pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1) * taken / MAX_OUTBOX_BYTES
+        if taken:
+            self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure
+
+    def _drop(self, member: _Client) -> None:
+        """Send nothing more to a member, and wake its handler, which does the rest.
+
+        What a member sent before its connection was lost can still be read.
+        """
+        self._forget(member)
+        _shut(member.socket, socket.SHUT_RDWR)
+
+    def _forget(self, member: _Client) -> None:
+        """Let go of a member that gets nothing more; if it leaves, its handler ends."""
+        del self._members[member]
+        if member in self._slow:
+            del self._slow[member]
+            self._writable.unregister(member.socket)
+        if member.released:
+            member.released.set()
+
+    def _hang_up(self) -> None:
+        """Close our side of all connections to members; no handler waits any longer."""
+        with self._outbox.lock:
+            self._outbox.close()
+        leaving = [entry.client for entry in self._outbox.take()]  # only after a bug
+        for client in (*leaving, *self._members):
+            if client and client.released:
+                client.released.set()
+        for member in self._members:
+            _shut(member.socket, socket.SHUT_WR)
         self._writable.close()
-        self._arrivals.close()
+        self.ended.set()
+        self._stop()
 
 
-def _is_read_out(client: _Client) -> bool:
-    """Tell whether a peer that is gone for good has been read for long enough."""
-    try:
-        client.socket.getpeername()  # fails once the connection has been reset
-    except OSError:
-        client.lose(os.strerror(errno.ECONNRESET))
-    return time.monotonic() > client.read_until
+class _Selector(selectors.DefaultSelector):
+    """Waits for sockets, and can be woken by any thread, or by a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A byte sent to the first makes the second readable.
+        self.waker, self._woken = socket.socketpair()
+        self.waker.setblocking(False)
+        self.register(self._woken, selectors.EVENT_READ)
+
+    def wake(self) -> None:
+        """Make a wait() return, the one that runs or else the next one."""
+        try:
+            self.waker.send(b"\0")
+        except OSError:
+            pass  # full of wake-ups, or closed
+
+    def wait(self, seconds: float) -> list[selectors.SelectorKey]:
+        """Return the sockets that are ready; none if it was woken or time is up."""
+        ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
+        keys = [key for key, _ in ready if key.fileobj is not self._woken]
+        if len(keys) < len(ready):
+            self._woken.recv(RECEIVE_BYTES)
+        return keys
+
+    def close(self) -> None:
+        super().close()
+        self.waker.close()
+        self._woken.close()
+
+
+class _Throttle:
+    """A token bucket: a client's lines, so many a second and some at once."""
+
+    def __init__(self, per_second: int) -> None:
+        self._per_second = per_second  # 0: no limit
+        self._lines = float(per_second * BURST_SECONDS)
+        self._counted = time.monotonic()
+
+    def take(self, wanted: int) -> int:
+        """Return how many lines, up to `wanted`, may be read now, and count them."""
+        if not self._per_second:
+            return wanted
+        now = time.monotonic()
+        earned = (now - self._counted) * self._per_second
+        self._lines = min(self._per_second * BURST_SECONDS, self._lines + earned)
+        self._counted = now
+        taken = min(wanted, int(self._lines))
+        self._lines -= taken
+        return taken
 
 
 # --- sockets ------------------------------------------------------------------------
@@ -1187,29 +1187,18 @@ def _parse_arguments() -> argparse.Namespace:
     return flags.parse_args()
 
 
-def _raise_open_file_limit(clients: int) -> str:
-    """Make room for so many connections, as far as the system allows.
-
-    Returns a warning for the terminal if that is not enough, else "".
-    """
+def _raise_open_file_limit(clients: int) -> None:
+    """Make room for so many connections, as far as the system allows."""
     if resource is None:
-        return ""
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = clients + SPARE_DESCRIPTORS
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return ""
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    except (OSError, ValueError):
-        allowed = soft  # macOS has a limit of its own below "unlimited"
-    if allowed >= needed:
-        return ""
-    room = max(0, allowed - SPARE_DESCRIPTORS)
-    return (
-        f"Only {allowed} open files are allowed:"
-        f" room for some {room} of {clients} clients"
-    )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        except (OSError, ValueError):
+            pass  # macOS has a limit of its own below "unlimited"
 
 
 def _stop_on_signals(server: ChatServer) -> None:
@@ -1227,80 +1216,70 @@ def _stop_on_signals(server: ChatServer) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def _stop_on_bugs(server: ChatServer) -> None:
-    """Have an exception that nobody expected, in whatever thread, stop the server."""
-
-    def stop(what: threading.ExceptHookArgs) -> None:
-        threading.__excepthook__(what)  # the traceback
-        server.failed = True
-        server.stop()
-
-    threading.excepthook = stop
-
-
 # What to do about an error of the start.
 _ADVICE = {
     errno.EADDRINUSE: "another program has that port: choose another --port",
-    errno.EACCES: "that port is for the administrator: choose a --port above 1023",
+    errno.EACCES: "choose a --port above 1023",
     errno.EADDRNOTAVAIL: "--host must be an address of this machine",
     errno.EMFILE: "allow more open files: ulimit -n 1024",
 }
 
 
 def _explain(error: OSError | UnicodeError) -> str:
-    """Return why the server cannot listen, and what to do about it."""
-    if isinstance(error, UnicodeError):  # not a name that could be looked up
+    if isinstance(error, UnicodeError):  # it cannot even be looked up
         return "that is no host name (give --host a name or an address)"
     advice = _ADVICE.get(error.errno or 0, "try another --host")
     return f"{error.strerror or error} ({advice})"
 
 
-def main() -> int:
-    """Run the server; return its exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
-    options = _parse_arguments()
-    warning = _raise_open_file_limit(options.max_clients)
+def _open_terminal(times: bool) -> tuple[Recorder, Callable[[str], None]]:
+    """Return the recorder of the terminal, and what takes lines for it."""
     # A stream that was closed before the start is None.
     screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
     encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
     terminal = Recorder(partial(_write_to_terminal, screen, encoding))
 
     def tell(lines: str) -> None:
-        if options.times:
-            now = time.strftime("%Y-%m-%d %H:%M:%S ")
-            lines = now + lines.replace("\n", f"\n{now}")
-        terminal.put(lines)
+        now = time.strftime("%Y-%m-%d %H:%M:%S ")
+        terminal.put(now + lines.replace("\n", f"\n{now}"))
 
+    return terminal, tell if times else terminal.put
+
+
+def main() -> int:
+    """Run the server; return its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
+    options = _parse_arguments()
+    _raise_open_file_limit(options.max_clients)
+    status = 0
     try:
+        terminal, tell = _open_terminal(options.times)
         server = ChatServer(
-            options.host,
-            options.port,
-            max_clients=options.max_clients,
-            lines_per_second=options.rate,
-            tell_messages=not options.quiet,
-            tell=tell,
-        )
+            options.host, options.port, max_clients=options.max_clients,
+            lines_per_second=options.rate, tell_messages=not options.quiet, tell=tell,
+        )  # fmt: skip
     except (OSError, UnicodeError) as error:
-        host = protocol.clean(options.host)
-        where = f"{host!r}, port {options.port}"
+        where = f"{protocol.clean(options.host)!r}, port {options.port}"
         print(
             f"server.py: cannot listen on {where}: {_explain(error)}", file=sys.stderr
         )
         return 1
 
+    def stop_on_bug(bug: threading.ExceptHookArgs) -> None:
+        nonlocal status
+        threading.__excepthook__(bug)  # the traceback
+        status = 1
+        server.stop()
+
+    threading.excepthook = stop_on_bug
     _stop_on_signals(server)
-    _stop_on_bugs(server)
-    # A thread that computes makes every send wait this long for the interpreter lock.
-    sys.setswitchinterval(0.0005)
     tell("Server is running...")
     tell(f"Listening on {server.address}")
-    if warning:
-        tell(warning)
     try:
         server.serve()
     finally:
         terminal.drain(LAST_LINES_SECONDS)
-    return 1 if server.failed else 0
+    return status
 
 
 if __name__ == "__main__":
