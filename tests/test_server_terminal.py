@@ -335,18 +335,15 @@ def test_too_few_descriptors_to_listen_are_explained_in_one_line() -> None:
 
 
 @needs_linux
-def test_few_descriptors_are_told_of_and_do_for_a_few(
-    start_server: StartServer,
-) -> None:
+def test_few_descriptors_do_for_few_members(start_server: StartServer) -> None:
     chat = start_server(limits="ulimit -n 14")
 
     alex, bob = chat.members("Alex", "Bob")
 
     assert_next(alex, bob)
-    assert "14 open files" in chat.output.line()
 
 
-def test_the_server_runs_without_a_stdout(start_server: StartServer) -> None:
+def test_the_server_runs_without_a_stdout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "server.py", "--port", str(port)]
