@@ -356,6 +356,22 @@ def test_an_owner_of_a_name_is_there_until_what_it_sent_is_passed_on(
     other.join("Alex")
 
 
+def test_removing_a_client_again_spares_the_next_owner_of_its_name(room: Room) -> None:
+    alex, bob, carol = room.members("Alex", "Bob", "Carol")
+    room.server.remove_client(room.server.clients["Carol"])
+    for peer in (alex, bob):
+        assert peer.line() == left("Carol")
+    again = room.member("Carol")
+    for peer in (alex, bob):
+        assert peer.line() == joined("Carol")
+
+    carol.half_close()  # its handler removes it once more
+    assert carol.rest() == []
+
+    assert_next(again, alex, bob)
+    assert_next(alex, bob, again)
+
+
 def reset(peer: Peer, speaker: Peer) -> None:
     peer.reset()
 
