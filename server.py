@@ -26,20 +26,24 @@ if __name__ == "__main__":
 
 import argparse
 import errno
+import hashlib
 import os
+import secrets
 import select
 import selectors
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from typing import ClassVar, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import protocol
 from protocol import ProtocolError
@@ -87,12 +91,23 @@ LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
 LINGER_SECONDS = 1.0  # for the last lines to a client that leaves
+LOOK_SECONDS = 0.02  # between two looks at the connections that linger
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
-MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
+MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
 LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
-# Lines come in bursts, and to wake a thread for each would slow the handlers.
+# They come in bursts, and a batch costs little more than a line.
 GATHER_SECONDS = 0.005
+
+HISTORY_MESSAGES = 20  # that a newcomer gets
+MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
+SCHEMA_VERSION = 1  # PRAGMA user_version of the database
+ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
+BUSY_SECONDS = 1.0  # that another program may keep the database locked at a time
+RETRY_SECONDS = 0.5  # after a write to the database has failed
+SALT_BYTES = 16
+SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
+MAX_HASHES_AT_ONCE = 2
 
 # What accept(2) says of a lack that may pass, and of a connection that is gone again.
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -103,6 +118,9 @@ GONE_AGAIN = {
 }  # fmt: skip
 
 FOREVER = float("inf")
+# Where there is only select(), on Windows, it takes no more than 512 sockets.
+ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
+MAX_WATCHED = 500 if ONLY_SELECT else sys.maxsize
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 
 
@@ -116,6 +134,7 @@ class _Client:
         self.thread: threading.Thread | None = None  # its handler
         self.name = ""  # until it has joined
         self.join_by = time.monotonic() + JOIN_SECONDS
+        self.answer: Callable[[bytes], None] | None = None  # takes its next line
         self.dropped = ""  # why we end it: its handler reads no more
         self.farewell = b""  # the last line to a client that has not joined
         self.lost = ""  # why its peer is gone: what that sent before is still read,
@@ -154,6 +173,10 @@ class _Entry(NamedTuple):
     joins: bool = False  # from here on it gets the stream
     leaves: bool = False  # and from here on no more
 
+    def size(self) -> int:
+        """Return how many bytes of memory it takes."""
+        return ENTRY_BYTES + len(self.to_others) + len(self.to_self)
+
 
 class ChatServer:
     """The room: who is in, and the threads that serve them.
@@ -173,26 +196,29 @@ class ChatServer:
         lines_per_second: int = LINES_PER_SECOND,
         tell_messages: bool = True,
         tell: Callable[[str], None] = lambda lines: None,
+        database: Database | None = None,
     ) -> None:
         self._max_clients = max_clients
         self._lines_per_second = lines_per_second
         self._tell_messages = tell_messages
         self._tell = tell
+        self._database = database
+        self._commands = _COMMANDS | (_DATABASE_COMMANDS if database else {})
         self._stopping = False
 
         # The main thread's own.
         self._listener = _listen(host, port)
-        self.address = _format_address(self._listener.getsockname())
+        host, port = self._listener.getsockname()[:2]
+        self.address = _format_address((host, port))
+        self.is_local = host == "::1" or host.startswith("127.")
         self._accept_at = FOREVER  # when to try again, after something has run out
         self._exhausted = False  # it has, and the terminal was told
-        # Connections that we have ended, until the peer ends them too: socket → the
-        # time at which we wait no longer, the earliest first.
-        self._lingering: dict[socket.socket, float] = {}
-        self._arrivals = _Selector()  # the listener and the lingering; stop() wakes it
-        self._arrivals.register(self._listener, selectors.EVENT_READ, self._accept_one)
+        self._arrivals = _Selector()  # watches the listener; stop() wakes it
+        self._arrivals.register(self._listener, selectors.EVENT_READ)
         self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
-        # Through this, handlers hand ended connections over to the main thread.
-        self._ended: deque[socket.socket] = deque()
+        # Connections that we have ended, until the peer ends them too: socket → the
+        # time at which we wait no longer.  Handlers add, only the main thread removes.
+        self._lingering: dict[socket.socket, float] = {}
 
         # Guards the names below, and the outbox, which change together.  Held for table
         # operations only: never while sending, receiving or joining a thread.
@@ -202,7 +228,7 @@ class ChatServer:
         self._unjoined: dict[_Client, None] = {}  # in order of arrival
         self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
         self._outbox = _Outbox(self._lock, tell)
-        self._broadcaster = _Broadcaster(self._outbox, self.stop)
+        self._broadcaster = _Broadcaster(self._outbox, self._release_all)
 
     def serve(self) -> None:
         """Run the chat until stop() is called, or the broadcaster ends with a bug."""
@@ -231,34 +257,34 @@ class ChatServer:
             self._attend(FOREVER)
 
     def _attend(self, seconds: float) -> None:
-        """Wait, so long at most, for something to happen to a connection; see to it."""
-        seconds = min(seconds, self._meet_deadlines())
-        for key in self._arrivals.wait(seconds):
-            key.data(key.fileobj)
+        """Wait, so long at most, for a connection to come or to end; see to it."""
+        if self._arrivals.wait(min(seconds, self._meet_deadlines())):
+            self._accept_one()
 
     def _meet_deadlines(self) -> float:
-        """Do what is due; return the seconds until more will be."""
+        """Do what is due; return the seconds until more may be."""
         now = time.monotonic()
         if now >= self._accept_at:
             self._accept_at = FOREVER
-            events = selectors.EVENT_READ
-            self._arrivals.register(self._listener, events, self._accept_one)
-        while self._ended:
-            self._linger(self._ended.popleft(), now + LINGER_SECONDS)
-        while (close_at := next(iter(self._lingering.values()), FOREVER)) <= now:
-            self._close(next(iter(self._lingering)))
+            self._arrivals.register(self._listener, selectors.EVENT_READ)
+        for client_socket, close_at in list(self._lingering.items()):
+            if now >= close_at or _has_ended(client_socket):
+                del self._lingering[client_socket]
+                client_socket.close()
         with self._lock:
-            while (
-                client := next(iter(self._unjoined), None)
-            ) and client.join_by <= now:
+            while client := next(iter(self._unjoined), None):
+                if client.join_by > now:
+                    break
                 reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
                 self._drop_unjoined(client, "it has not joined in time", reason)
-        join_by = client.join_by if client else FOREVER
-        return min(self._accept_at, close_at, join_by) - now
+        look_at = now + LOOK_SECONDS if self._lingering else FOREVER
+        return (
+            min(self._accept_at, look_at, client.join_by if client else FOREVER) - now
+        )
 
-    def _accept_one(self, listener: socket.socket) -> None:
+    def _accept_one(self) -> None:
         try:
-            client_socket, address = listener.accept()
+            client_socket, address = self._listener.accept()
         except OSError as error:
             if error.errno in EXHAUSTED:
                 self._accept_later(error)
@@ -315,7 +341,7 @@ class ChatServer:
         """Tell a newcomer that there is no room; it gets no thread."""
         self._tell(f"Refused {client}: the chat is full")
         _send_at_once(client, protocol.refusal(f"{protocol.FULL}, {advice}."))
-        self._ended.append(client.socket)
+        self._linger(client.socket)
 
     def _accept_later(self, error: Exception) -> None:
         """Pause accepting: the listener stays readable, and the loop would spin."""
@@ -325,7 +351,7 @@ class ChatServer:
         self._accept_at = time.monotonic() + ACCEPT_PAUSE_SECONDS
         self._arrivals.unregister(self._listener)
 
-    def _linger(self, client_socket: socket.socket, close_at: float) -> None:
+    def _linger(self, client_socket: socket.socket) -> None:
         """End our side of a connection, and give the peer a moment to end its own.
 
         A close with input unread would reset the connection, and could cost the peer
@@ -333,23 +359,8 @@ class ChatServer:
         """
         _shut(client_socket, socket.SHUT_WR)
         client_socket.setblocking(False)
-        self._lingering[client_socket] = close_at
-        self._arrivals.register(client_socket, selectors.EVENT_READ, self._drain)
-
-    def _drain(self, client_socket: socket.socket) -> None:
-        try:
-            ended = not client_socket.recv(TURN_BYTES)
-        except BlockingIOError:
-            ended = False
-        except OSError:
-            ended = True
-        if ended:
-            self._close(client_socket)
-
-    def _close(self, client_socket: socket.socket) -> None:
-        del self._lingering[client_socket]
-        self._arrivals.unregister(client_socket)
-        client_socket.close()
+        self._lingering[client_socket] = time.monotonic() + LINGER_SECONDS
+        self._arrivals.wake()
 
     # --- one client: its handler ----------------------------------------------------
 
@@ -384,10 +395,9 @@ class ChatServer:
             _send_at_once(client, client.farewell)
         if not client.name:
             self._tell(f"Closed connection from {client}")
+        self._linger(client.socket)
         with self._lock:
             del self._connections[client.socket]
-        self._ended.append(client.socket)
-        self._arrivals.wake()
 
     def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
         """Yield the lines of a client as they come, no more of them than it may send.
@@ -423,17 +433,39 @@ class ChatServer:
                 return False
             try:
                 if text := protocol.decode_message(line):
-                    return self._join(client, protocol.check_name(text))
+                    name = protocol.check_name(text)
+                    owner = self._is_owner(client, name, lines)
+                    return owner and self._join(client, name)
             except ProtocolError as error:
                 tried += 1
-                most = MAX_NAMES_TRIED
-                last = f" ({most} of {most} tries on this connection)"
-                reason = f"{error}{last if tried == most else ''}"
+                reason = str(error)
+                if tried == MAX_NAMES_TRIED:
+                    reason += f" ({tried} of {tried} tries on this connection)"
                 self._tell(f"Refused {client}: {reason}")
                 _send_at_once(client, protocol.refusal(reason))
-                if tried == most:
+                if tried == MAX_NAMES_TRIED:
                     return False
         return False
+
+    def _is_owner(
+        self, client: _Client, name: str, lines: Iterator[list[bytes]]
+    ) -> bool:
+        """Ask for the password, if the name has one; False if the client ends instead.
+
+        Raises ProtocolError for another password.
+        """
+        key = protocol.name_key(name)
+        account = self._database and self._database.accounts.get(key)
+        if not account or not self._database or key in self._owners:
+            return True  # or _join() says that it is taken
+        question = f"The name {name} is kept for its owner. What is the password?"
+        _send_at_once(client, protocol.question(question))
+        (line,) = next(lines, [b"q"])
+        if line in protocol.QUIT_LINES:
+            return False
+        if not self._database.is_password(account, line):
+            raise ProtocolError(f"That is not the password of {name}.")
+        return True
 
     def _join(self, client: _Client, name: str) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
@@ -447,15 +479,16 @@ class ChatServer:
                 return False
             if key in self._owners:
                 raise ProtocolError(f"The name {name} is taken.")
-            welcome = protocol.notice(self._greeting(name))
+            welcome = [self._greeting(name)]
+            if self._database:
+                welcome += self._database.history(HISTORY_MESSAGES)
             del self._unjoined[client]
             self._owners[key] = client
             self.clients[name] = client.socket
             client.name = name
-            notice = protocol.notice(joined)
-            self._outbox.append(
-                _Entry(client, notice, welcome, joins=True), f"User {joined}"
-            )
+            notices = b"".join(map(protocol.notice, welcome))
+            entry = _Entry(client, protocol.notice(joined), notices, joins=True)
+            self._outbox.append(entry, f"User {joined}")
         self._broadcaster.wake()
         return True
 
@@ -475,11 +508,14 @@ class ChatServer:
                 if line in protocol.QUIT_LINES:
                     self._say(client, said)
                     if self._tell_messages:
-                        self._tell(
-                            f"Received message from {client.name}: {line.decode()}"
-                        )
+                        q = line.decode()
+                        self._tell(f"Received message from {client.name}: {q}")
                     return
+                answer, client.answer = client.answer, None
                 try:
+                    if answer:
+                        answer(line)
+                        continue
                     text = protocol.decode_message(line)
                     command, text = protocol.split_command(text)
                     if command:
@@ -489,7 +525,7 @@ class ChatServer:
                         said.append(text)
                 except ProtocolError as error:
                     self._tell(f"Refused a line from {client}: {error}")
-                    self._submit(client, b"", protocol.refusal(error))
+                    self._submit(_Entry(client, b"", protocol.refusal(error)))
             self._say(client, said)
             if self._outbox.closed.is_set():
                 return
@@ -507,24 +543,28 @@ class ChatServer:
         message: whole lines of a member, each with its newline.  Waits for room in the
         outbox, never for a reader.  Once the server shuts down, nothing is accepted.
         """
-        told = ""
-        if self._tell_messages:
-            texts = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
-            told = "\n".join([f"Received message from {text}" for text in texts])
-        self._submit(self._connections[sender_socket], message, told=told)
+        sender = self._connections[sender_socket]
+        lines = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
+        told = "\n".join([f"Received message from {line}" for line in lines])
+        texts = [line.removeprefix(f"{sender.name}: ") for line in lines]
+        told = told if self._tell_messages else ""
+        self._submit(_Entry(sender, message), told, texts)
 
-    def _submit(
-        self, client: _Client, to_others: bytes, to_self: bytes = b"", told: str = ""
-    ) -> bool:
+    def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
 
-        told: what is for the terminal.  Returns False if the client has left.
+        told, said: what is for the terminal and for the database, which so keep the
+        order of the room.  Returns False if the entry's client has left.
         """
+        client = entry.client
+        assert client
         with self._lock:
-            has_room = self._outbox.wait_for_room(len(to_others) + len(to_self))
+            has_room = self._outbox.wait_for_room(entry)
             here = not client.released
             if has_room and here:
-                self._outbox.append(_Entry(client, to_others, to_self), told)
+                self._outbox.append(entry, told)
+                if said and self._database:
+                    self._database.remember(client.name, said)
         self._broadcaster.wake()
         return here
 
@@ -532,23 +572,19 @@ class ChatServer:
 
     def _obey(self, client: _Client, command: str, rest: str) -> None:
         """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
-        if command not in self._COMMANDS:
-            raise ProtocolError(
-                "There is no such command: /help lists them (//TEXT says /TEXT)."
-            )
-        obey, _, _ = self._COMMANDS[command]
+        if command not in self._commands:
+            raise ProtocolError("No such command: see /help (//TEXT says /TEXT).")
+        obey, _, _ = self._commands[command]
         obey(self, client, rest)
 
     def _answer(self, client: _Client, *notices: str) -> None:
-        self._submit(client, b"", b"".join(map(protocol.notice, notices)))
+        self._submit(_Entry(client, b"", b"".join(map(protocol.notice, notices))))
 
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
-        rows = [
-            ", ".join(names[first : first + MAX_NAMES_LISTED])
-            for first in range(0, len(names), MAX_NAMES_LISTED)
-        ]
+        places = range(0, len(names), MAX_NAMES_LISTED)
+        rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for first in places]
         others = [f"… {row}" for row in rows[1:]]
         self._answer(client, f"{len(names)} online: {rows[0]}", *others)
 
@@ -561,22 +597,36 @@ class ChatServer:
         told = ""
         if recipient and self._tell_messages:
             told = f"Private message from {client.name} to {recipient.name}"
-        if not recipient or not self._submit(recipient, b"", line, told):
+        if not recipient or not self._submit(_Entry(recipient, b"", line), told):
             raise ProtocolError("Nobody here has that name.")
 
     def _help(self, client: _Client, _: str) -> None:
-        rows = [
-            f"{command}{arguments}: {what}"
-            for command, (_, arguments, what) in self._COMMANDS.items()
-        ]
+        rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
         self._answer(client, *rows, "q, alone on its line: leaves the chat")
 
-    # Command → method, its arguments, what /help says of it.
-    _COMMANDS: ClassVar[dict[str, tuple[Callable[..., None], str, str]]] = {
-        "/who": (_who, "", "lists who is online"),
-        "/msg": (_msg, " NAME TEXT", "says TEXT to NAME alone"),
-        "/help": (_help, "", "lists the commands"),
-    }
+    def _history(self, client: _Client, rest: str) -> None:
+        assert self._database
+        if rest and not (rest.isdecimal() and len(rest) < 10 and int(rest)):
+            raise ProtocolError("Write it like this: /history 50.")
+        most = min(int(rest or HISTORY_MESSAGES), MAX_HISTORY_MESSAGES)
+        with self._lock:
+            messages = self._database.history(most)
+        self._answer(client, *(messages or ["Nothing has been said yet."]))
+
+    def _register(self, client: _Client, _: str) -> None:
+        client.answer = partial(self._keep_name, client)
+        question = f"Which password shall keep the name {client.name} for you?"
+        self._submit(_Entry(client, b"", protocol.question(question)))
+
+    def _keep_name(self, client: _Client, line: bytes) -> None:
+        assert self._database
+        self._database.keep(client.name, protocol.check_password(line))
+        self._answer(client, f"The name {client.name} is now kept for you.")
+
+    def _unregister(self, client: _Client, _: str) -> None:
+        assert self._database
+        self._database.give_up(client.name)
+        self._answer(client, f"The name {client.name} is no longer kept.")
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a member off the list, tell the others, wait for the last send to it.
@@ -606,6 +656,14 @@ class ChatServer:
 
     # --- the end --------------------------------------------------------------------
 
+    def _release_all(self) -> None:
+        """Let no handler wait for a send, once there will be none.  Ends the server."""
+        with self._lock:
+            for client in self._connections.values():
+                if client.released:
+                    client.released.set()
+        self.stop()
+
     def _shut_down(self, broadcaster: threading.Thread) -> None:
         """End in order, within SHUTDOWN_SECONDS.
 
@@ -616,6 +674,8 @@ class ChatServer:
         5. Wait for the handlers, and close what is left.
         """
         deadline = time.monotonic() + SHUTDOWN_SECONDS
+        if self._database:
+            self._database.closing.set()
         notice = protocol.notice("Server is shutting down.")
         if self._accept_at == FOREVER:
             self._arrivals.unregister(self._listener)
@@ -641,16 +701,28 @@ class ChatServer:
             for client in clients:
                 if client.thread:
                     client.thread.join()
-            for client_socket in (*self._lingering, *self._ended):
+            for client_socket in self._lingering:
                 client_socket.close()
             self._arrivals.close()
 
     def _await_hang_ups(self, deadline: float) -> None:
-        while self._connections or self._ended or self._lingering:
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
+        while self._connections or self._lingering:
+            if (seconds := deadline - time.monotonic()) <= 0:
                 break
             self._attend(seconds)
+
+
+# Command → what obeys it, and what /help says of it: usage and effect.
+_COMMANDS = {
+    "/who": (ChatServer._who, "/who", "lists all that are online"),
+    "/msg": (ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
+    "/help": (ChatServer._help, "/help", "lists the commands"),
+}
+_DATABASE_COMMANDS = {
+    "/history": (ChatServer._history, "/history [N]", "shows the last N messages"),
+    "/register": (ChatServer._register, "/register", "keeps your name for you"),
+    "/unregister": (ChatServer._unregister, "/unregister", "gives your name up"),
+}
 
 
 # --- sending: outbox, stream, broadcaster -------------------------------------------
@@ -671,12 +743,13 @@ class _Outbox:
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def wait_for_room(self, size: int) -> bool:
-        """Wait until so many bytes may be appended; False once the outbox is closed.
+    def wait_for_room(self, entry: _Entry) -> bool:
+        """Wait until an entry may be appended; False once the outbox is closed.
 
-        A client that says much at once may fill only half of it: the other half keeps
-        the way free for all that just say something.
+        One that says much may fill only half of the outbox: the other half keeps the
+        way free for all that just say something.
         """
+        size = entry.size()
         limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
         while self._entries and self._bytes + size > limit and not self.closed.is_set():
             self._has_room.wait()
@@ -690,7 +763,7 @@ class _Outbox:
         if told:
             self._tell(told)
         self._entries.append(entry)
-        self._bytes += ENTRY_BYTES + len(entry.to_others) + len(entry.to_self)
+        self._bytes += entry.size()
 
     def take(self) -> list[_Entry]:
         """Return all entries and have room again; for the broadcaster."""
@@ -713,10 +786,10 @@ class _Broadcaster:
     the members' places.
     """
 
-    def __init__(self, outbox: _Outbox, stop: Callable[[], None]) -> None:
-        """stop: ends the server; called when there is nobody left who sends."""
+    def __init__(self, outbox: _Outbox, on_end: Callable[[], None]) -> None:
+        """on_end: called when the last send is done, or a bug rules it out."""
         self._outbox = outbox
-        self._stop = stop
+        self._on_end = on_end
         # What some member has still to be sent, addressed by its offset since the start
         # of the server; the offset behind its last byte.
         self._stream = bytearray()
@@ -801,11 +874,9 @@ class _Broadcaster:
         return bool(entries)
 
     def _add_spot(self, member: _Client, start: int, end: int, face: bytes) -> None:
-        last_start, last_end, last_face = (
-            member.spots[-1] if member.spots else (0, 0, b"")
-        )
-        if last_end == start and not face:  # its own lines one after the other
-            member.spots[-1] = last_start, end, last_face
+        if member.spots and member.spots[-1][1] == start and not face:
+            first, _, seen = member.spots[-1]
+            member.spots[-1] = first, end, seen  # its own lines one after the other
         else:
             member.spots.append((start, end, face))
             member.spot_bytes += ENTRY_BYTES + len(face)
@@ -887,9 +958,11 @@ class _Broadcaster:
                 self._writable.unregister(member.socket)
         elif member not in self._slow:
             try:
+                if len(self._slow) >= MAX_WATCHED:
+                    raise OSError(errno.EMFILE, "too many others are")
                 self._writable.register(member.socket, selectors.EVENT_WRITE, member)
                 self._slow[member] = None
-            except OSError as error:  # the system watches no more of them
+            except OSError as error:
                 member.dropped = f"too slow, and {error.strerror}"
                 self._drop(member)
 
@@ -933,15 +1006,11 @@ class _Broadcaster:
         """Close our side of all connections to members; no handler waits any longer."""
         with self._outbox.lock:
             self._outbox.close()
-        leaving = [entry.client for entry in self._outbox.take()]  # only after a bug
-        for client in (*leaving, *self._members):
-            if client and client.released:
-                client.released.set()
         for member in self._members:
             _shut(member.socket, socket.SHUT_WR)
         self._writable.close()
         self.ended.set()
-        self._stop()
+        self._on_end()
 
 
 class _Selector(selectors.DefaultSelector):
@@ -1006,20 +1075,16 @@ def _listen(host: str, port: int) -> socket.socket:
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     ):
         try:
-            # create_server sets SO_REUSEADDR where that is what lets a restarted
-            # server have its port back at once.
+            # It sets SO_REUSEADDR where that is what lets a restarted server have its
+            # port back at once.
             listener = socket.create_server(
                 address, family=family, backlog=LISTEN_BACKLOG
             )
-        except OSError as error:
-            # Its own text: create_server() adds the address to it.
-            reason = str(error.strerror).partition(" (while attempting")[0]
-            failure = failure or OSError(error.errno, reason)
-        else:
             listener.setblocking(False)
             return listener
-    assert failure is not None  # getaddrinfo gives at least one address or raises
-    raise failure
+        except OSError as error:
+            failure = failure or error
+    raise failure or OSError(errno.EADDRNOTAVAIL, "no address")
 
 
 def _set_options(client_socket: socket.socket) -> None:
@@ -1082,6 +1147,16 @@ def _shut(client_socket: socket.socket, how: int) -> None:
         pass  # ended already
 
 
+def _has_ended(client_socket: socket.socket) -> bool:
+    """Look, without waiting, whether the peer has ended a connection; pass over input."""
+    try:
+        return not client_socket.recv(TURN_BYTES)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def _format_address(address: tuple[str, int]) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -1090,72 +1165,305 @@ def _format_address(address: tuple[str, int]) -> str:
 # --- the terminal -------------------------------------------------------------------
 
 
-class Recorder:
-    """Writes lines from a thread of its own: a paused terminal stops nothing.
+T = TypeVar("T")
 
-    What is too much is left out, and the next line that fits says how much that was.
-    (logging's QueueListener would serve but that its stop() waits for a terminal that
-    is stuck, and that its queue counts records, of which one may hold many lines.)
+
+class Recorder(Generic[T]):
+    """Writes to one output from a thread of its own, so that a slow one stops nothing.
+
+    What is too much is left out and counted.  (logging's QueueListener would serve the
+    terminal but that its stop() waits for one that is stuck, and that its queue counts
+    records, of which one may hold many lines.)
     """
 
-    def __init__(self, write: Callable[[str], None]) -> None:
-        """write: writes whole lines; it may block."""
+    def __init__(
+        self, write: Callable[[list[T]], None], note_gap: Callable[[int], T | None]
+    ) -> None:
+        """write: writes a batch; it may block.  note_gap: is told how much was left out
+        before the next item that fits, and may return one to be written in its place.
+        """
         self._write = write
+        self._note_gap = note_gap
         # Guards the names below.  Not held while writing.
         self._changed = threading.Condition()
-        self._texts: list[str] = []
-        self._unwritten_lines = 0
-        self._left_out_lines = 0
+        self._batch: list[T] = []
+        self._unwritten = 0  # lines or messages, those being written included
+        self._left_out = 0
+        self._closed = False
         # A daemon, since nothing can wake a write to a terminal that is stuck; it holds
         # no lock then that the interpreter's exit needs.
-        threading.Thread(target=self._run, name="recorder", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
 
-    def put(self, text: str) -> None:
-        """Queue one line or several, without the last newline.  Never waits."""
-        lines = text.count("\n") + 1
+    def put(self, item: T, size: int) -> None:
+        """Queue an item of so many lines or messages.  Never waits."""
         with self._changed:
-            if self._unwritten_lines + lines > MAX_UNWRITTEN_LINES:
-                self._left_out_lines += lines
+            if self._unwritten + size > MAX_UNWRITTEN:
+                self._left_out += size
                 return
-            if self._left_out_lines:
-                text = f"({self._left_out_lines} lines left out)\n{text}"
-                lines += 1
-                self._left_out_lines = 0
-            self._texts.append(f"{text}\n")
-            self._unwritten_lines += lines
-            if len(self._texts) == 1:
+            if self._left_out:
+                self._end_gap()
+            self._batch.append(item)
+            self._unwritten += size
+            if len(self._batch) == 1:
                 self._changed.notify_all()
 
-    def drain(self, seconds: float) -> None:
-        """Wait until all is written, or the time is up."""
+    def close(self, seconds: float) -> None:
+        """Write all that was put, for so long at most."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._unwritten_lines, seconds)
+            if self._left_out:
+                self._end_gap()
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(seconds)
+
+    def _end_gap(self) -> None:
+        """Caller holds _changed."""
+        if (item := self._note_gap(self._left_out)) is not None:
+            self._batch.append(item)
+        self._left_out = 0
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._texts)
-            time.sleep(GATHER_SECONDS)
+                self._changed.wait_for(lambda: self._batch or self._closed)
+                if not self._batch:
+                    return
+                self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
+                batch, self._batch = self._batch, []
+                size = self._unwritten
+            self._write(batch)
             with self._changed:
-                text = "".join(self._texts)
-                self._texts.clear()
-            self._write(text)
-            with self._changed:
-                self._unwritten_lines -= text.count("\n")
-                self._changed.notify_all()
+                self._unwritten -= size
 
 
-def _write_to_terminal(descriptor: int, encoding: str, text: str) -> None:
-    """Write all of a text, unbuffered, however long the terminal takes."""
-    data = memoryview(text.encode(encoding, "backslashreplace"))
-    try:
-        while data:
+class Terminal:
+    """The recorder of what the server's terminal shows."""
+
+    def __init__(self, *, times: bool = False) -> None:
+        """times: put date and time before each line."""
+        self._time_format = "%Y-%m-%d %H:%M:%S " if times else ""
+        # A stream that was closed before the start is None.
+        screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
+        self._descriptor = screen
+        self._encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
+        self._recorder = Recorder(self._write, "({} lines left out)".format)
+        self.close = self._recorder.close
+
+    def tell(self, lines: str) -> None:
+        """Show one line or several, without the last newline.  Never waits."""
+        now = time.strftime(self._time_format)
+        self._recorder.put(now + lines.replace("\n", f"\n{now}"), lines.count("\n") + 1)
+
+    def _write(self, batch: list[str]) -> None:
+        text = "".join([f"{lines}\n" for lines in batch])
+        data = memoryview(text.encode(self._encoding, "backslashreplace"))
+        try:
+            while data:
+                try:
+                    data = data[os.write(self._descriptor, data) :]
+                except BlockingIOError:  # some terminals are shared, and do not block
+                    select.select([], [self._descriptor], [])
+        except OSError:
+            pass  # nobody reads it any more; the chat goes on
+
+
+# --- the database -------------------------------------------------------------------
+
+
+class DatabaseError(Exception):
+    """The file cannot be used; str() of it is what is wrong, and what to do."""
+
+
+class _Account(NamedTuple):
+    """What is kept of a password: its scrypt hash (RFC 7914), and what that took."""
+
+    salt: bytes
+    hash: bytes
+    n: int
+    r: int
+    p: int
+
+
+_SCHEMA = f"""
+    BEGIN IMMEDIATE;
+    CREATE TABLE IF NOT EXISTS messages(
+        id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT);
+    CREATE TABLE IF NOT EXISTS accounts(
+        key TEXT PRIMARY KEY, name TEXT, salt BLOB, hash BLOB,
+        n INTEGER, r INTEGER, p INTEGER, since REAL);
+    PRAGMA user_version = {SCHEMA_VERSION};
+    COMMIT;
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+"""
+
+
+class Database:
+    """An SQLite file with what is said to the room, and with accounts.
+
+    The room never waits for it: a recorder writes, and what is read is in memory.  Only
+    a handler whose client changes its account waits for the disk itself.
+    """
+
+    def __init__(self, path: str, tell: Callable[[str], None]) -> None:
+        """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
+        self._path = os.path.abspath(path)
+        self._tell = tell
+        self._using = threading.Lock()  # guards the connection; held while it is used
+        try:
+            self._connection = self._connect(self._path)
+            self._check_kind()
+            self._lock_file = self._connect(f"{self._path}-lock", timeout=0)
+            self._lock_file.execute("BEGIN EXCLUSIVE")  # until this process ends
+            self._connection.executescript(_SCHEMA)
+            rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
+            last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
+            rows = "SELECT key, salt, hash, n, r, p FROM accounts"
+            accounts = self._connection.execute(rows).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            if "locked" in str(error):
+                raise DatabaseError("another server has it (stop that one)") from None
+            raise DatabaseError(f"{error} (choose another --database)") from None
+        self._file = self._stat()
+        # Guarded by the server's lock, as the order of what is said is.
+        self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
+        self.accounts = {key: _Account(*fields) for key, *fields in accounts}
+        self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
+        self._failing = False
+        self.closing = threading.Event()  # wait for nothing any longer
+        self._recorder = Recorder(self._write, self._tell_gap)
+
+    @staticmethod
+    def _connect(path: str, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        return sqlite3.connect(
+            path, timeout, isolation_level=None, check_same_thread=False
+        )
+
+    def _check_kind(self) -> None:
+        """Raise sqlite3.Error unless the file is empty or a database of this chat."""
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise sqlite3.Error("a later version of this program made it")
+        if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            self._connection.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.stat(self._path)
+        return status.st_dev, status.st_ino
+
+    def close(self, seconds: float) -> None:
+        """Write all that was said, for so long at most, and close the file."""
+        self.closing.set()
+        self._recorder.close(seconds)
+        if self._using.acquire(timeout=seconds):
+            self._connection.close()
+        self._lock_file.close()
+
+    # --- what is said ---------------------------------------------------------------
+
+    def remember(self, name: str, texts: Sequence[str]) -> None:
+        """Keep messages of a member.  Never waits; caller holds the server's lock."""
+        at = time.time()
+        self._last.extend([(at, name, text) for text in texts])
+        self._recorder.put((at, name, texts), len(texts))
+
+    def history(self, most: int) -> list[str]:
+        """Return the last messages for notices.  Caller holds the server's lock."""
+        first = max(0, len(self._last) - most)
+        return [
+            f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
+            for at, name, text in islice(self._last, first, None)
+        ]
+
+    def _write(self, batch: list[tuple[float, str, Sequence[str]]]) -> None:
+        """Write a batch in one transaction, however long it takes to succeed."""
+        values = [
+            v for at, name, texts in batch for text in texts for v in (at, name, text)
+        ]
+        while True:
             try:
-                data = data[os.write(descriptor, data) :]
-            except BlockingIOError:  # some terminals are shared, and do not block
-                select.select([], [descriptor], [])
-    except OSError:
-        pass  # nobody reads it any more; the chat goes on
+                self._insert(values)
+                break
+            except (sqlite3.Error, OSError) as error:
+                if not self._failing:
+                    self._tell(f"Cannot write to the database for now: {error}")
+                self._failing = True
+                if self.closing.wait(RETRY_SECONDS):
+                    self._tell_gap(len(values) // 3)
+                    return
+        if self._failing:
+            self._tell("The database is written again.")
+        self._failing = False
+
+    def _insert(self, values: list[Any]) -> None:
+        """Insert rows of (at, name, text).  Raises OSError or sqlite3.Error.
+
+        Many rows a statement: the interpreter lock is taken back after each of these.
+        """
+        size = 3 * ROWS_PER_INSERT
+        with self._used() as connection:
+            for first in range(0, len(values), size):
+                rows = values[first : first + size]
+                marks = ",".join(["(?,?,?)"] * (len(rows) // 3))
+                connection.execute(
+                    f"INSERT INTO messages(at, name, text) VALUES {marks}", rows
+                )
+
+    @contextmanager
+    def _used(self) -> Iterator[sqlite3.Connection]:
+        """Make a transaction.  Raises OSError or sqlite3.Error."""
+        with self._using, self._connection as connection:
+            if self._stat() != self._file:
+                raise OSError("the file is another one")
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+
+    def _tell_gap(self, messages: int) -> None:
+        self._tell(f"({messages} messages left out of the database)")
+
+    # --- accounts -------------------------------------------------------------------
+
+    def keep(self, name: str, password: bytes) -> None:
+        """Keep a name for its owner.  Raises ProtocolError if that fails."""
+        key, salt = protocol.name_key(name), secrets.token_bytes(SALT_BYTES)
+        account = _Account(salt, b"", **SCRYPT)
+        account = account._replace(hash=self._hash(password, account))
+        row = (key, name, *account, time.time())
+        self._change("INSERT OR REPLACE INTO accounts VALUES (?,?,?,?,?,?,?,?)", row)
+        self.accounts[key] = account
+
+    def give_up(self, name: str) -> None:
+        """Keep a name no longer.  Raises ProtocolError if it was not kept, or is still."""
+        key = protocol.name_key(name)
+        if key not in self.accounts:
+            raise ProtocolError(f"The name {name} is not kept.")
+        self._change("DELETE FROM accounts WHERE key = ?", (key,))
+        del self.accounts[key]
+
+    def _change(self, statement: str, values: tuple[Any, ...]) -> None:
+        try:
+            with self._used() as connection:
+                connection.execute(statement, values)
+        except (sqlite3.Error, OSError) as error:
+            raise ProtocolError(f"The database cannot be written: {error}.") from None
+
+    def is_password(self, account: _Account, password: bytes) -> bool:
+        """Compare in constant time."""
+        return secrets.compare_digest(account.hash, self._hash(password, account))
+
+    def _hash(self, password: bytes, account: _Account) -> bytes:
+        """Return a scrypt hash; raises ProtocolError if the server shuts down first."""
+        while not self._hashing.acquire(timeout=RETRY_SECONDS):
+            if self.closing.is_set():
+                raise ProtocolError("Server is shutting down.")
+        try:
+            return hashlib.scrypt(
+                password, salt=account.salt, n=account.n, r=account.r, p=account.p
+            )
+        finally:
+            self._hashing.release()
 
 
 # --- the program --------------------------------------------------------------------
@@ -1184,6 +1492,10 @@ def _parse_arguments() -> argparse.Namespace:
     flags.add_argument(
         "--times", action="store_true", help="print date and time before each line"
     )
+    flags.add_argument(
+        "--database", metavar="FILE",
+        help="keep what is said, and names with a password, in this SQLite file",
+    )  # fmt: skip
     return flags.parse_args()
 
 
@@ -1216,6 +1528,19 @@ def _stop_on_signals(server: ChatServer) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def _stop_on_bugs(server: ChatServer) -> list[object]:
+    """Have an exception that no thread expected stop the server; return these."""
+    bugs: list[object] = []
+
+    def stop(bug: threading.ExceptHookArgs) -> None:
+        bugs.append(bug.exc_type)
+        threading.__excepthook__(bug)  # tells of it, with the traceback
+        server.stop()
+
+    threading.excepthook = stop
+    return bugs
+
+
 # What to do about an error of the start.
 _ADVICE = {
     errno.EADDRINUSE: "another program has that port: choose another --port",
@@ -1228,22 +1553,10 @@ _ADVICE = {
 def _explain(error: OSError | UnicodeError) -> str:
     if isinstance(error, UnicodeError):  # it cannot even be looked up
         return "that is no host name (give --host a name or an address)"
-    advice = _ADVICE.get(error.errno or 0, "try another --host")
-    return f"{error.strerror or error} ({advice})"
-
-
-def _open_terminal(times: bool) -> tuple[Recorder, Callable[[str], None]]:
-    """Return the recorder of the terminal, and what takes lines for it."""
-    # A stream that was closed before the start is None.
-    screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
-    encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
-    terminal = Recorder(partial(_write_to_terminal, screen, encoding))
-
-    def tell(lines: str) -> None:
-        now = time.strftime("%Y-%m-%d %H:%M:%S ")
-        terminal.put(now + lines.replace("\n", f"\n{now}"))
-
-    return terminal, tell if times else terminal.put
+    if isinstance(error, socket.gaierror):
+        return f"{error.strerror} (give --host another name or address)"
+    code = error.errno or 0
+    return f"{os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
 
 
 def main() -> int:
@@ -1251,35 +1564,37 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
     options = _parse_arguments()
     _raise_open_file_limit(options.max_clients)
-    status = 0
+    terminal = Terminal(times=options.times)
+    database = None
     try:
-        terminal, tell = _open_terminal(options.times)
+        if options.database:
+            database = Database(options.database, terminal.tell)
         server = ChatServer(
             options.host, options.port, max_clients=options.max_clients,
-            lines_per_second=options.rate, tell_messages=not options.quiet, tell=tell,
+            lines_per_second=options.rate, tell_messages=not options.quiet,
+            tell=terminal.tell, database=database,
         )  # fmt: skip
+    except DatabaseError as error:
+        print(f"server.py: cannot use {options.database!r}: {error}", file=sys.stderr)
+        return 1
     except (OSError, UnicodeError) as error:
         where = f"{protocol.clean(options.host)!r}, port {options.port}"
         print(
             f"server.py: cannot listen on {where}: {_explain(error)}", file=sys.stderr
         )
         return 1
-
-    def stop_on_bug(bug: threading.ExceptHookArgs) -> None:
-        nonlocal status
-        threading.__excepthook__(bug)  # the traceback
-        status = 1
-        server.stop()
-
-    threading.excepthook = stop_on_bug
+    bugs = _stop_on_bugs(server)
     _stop_on_signals(server)
-    tell("Server is running...")
-    tell(f"Listening on {server.address}")
+    terminal.tell(f"Server is running...\nListening on {server.address}")
+    if database and not server.is_local:
+        terminal.tell("Passwords travel in the clear: see README, Over the network.")
     try:
         server.serve()
     finally:
-        terminal.drain(LAST_LINES_SECONDS)
-    return status
+        if database:
+            database.close(LAST_LINES_SECONDS)
+        terminal.close(LAST_LINES_SECONDS)
+    return 1 if bugs else 0
 
 
 if __name__ == "__main__":
