@@ -40,9 +40,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import protocol
@@ -455,15 +456,17 @@ class ChatServer:
         Raises ProtocolError for another password.
         """
         key = protocol.name_key(name)
-        account = self._database and self._database.accounts.get(key)
-        if not account or not self._database or key in self._owners:
+        database = self._database
+        if not database or key not in database.accounts or key in self._owners:
             return True  # or _join() says that it is taken
         question = f"The name {name} is kept for its owner. What is the password?"
         _send_at_once(client, protocol.question(question))
         (line,) = next(lines, [b"q"])
         if line in protocol.QUIT_LINES:
             return False
-        if not self._database.is_password(account, line):
+        # The password as it is now, not as it was when this was asked.
+        account = database.accounts.get(key)
+        if account and not database.is_password(account, line):
             raise ProtocolError(f"That is not the password of {name}.")
         return True
 
@@ -606,9 +609,10 @@ class ChatServer:
 
     def _history(self, client: _Client, rest: str) -> None:
         assert self._database
-        if rest and not (rest.isdecimal() and len(rest) < 10 and int(rest)):
+        number = rest.strip() or str(HISTORY_MESSAGES)
+        if not number.isdecimal() or len(number) > 9 or not int(number):
             raise ProtocolError("Write it like this: /history 50.")
-        most = min(int(rest or HISTORY_MESSAGES), MAX_HISTORY_MESSAGES)
+        most = min(int(number), MAX_HISTORY_MESSAGES)
         with self._lock:
             messages = self._database.history(most)
         self._answer(client, *(messages or ["Nothing has been said yet."]))
@@ -1308,23 +1312,22 @@ class Database:
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
         """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
-        self._path = os.path.abspath(path)
+        self._path = os.path.realpath(path)
         self._tell = tell
         self._using = threading.Lock()  # guards the connection; held while it is used
         try:
-            self._connection = self._connect(self._path)
             self._check_kind()
+            self._connection = self._connect(self._path)
             self._lock_file = self._connect(f"{self._path}-lock", timeout=0)
-            self._lock_file.execute("BEGIN EXCLUSIVE")  # until this process ends
+            self._take_lock()
             self._connection.executescript(_SCHEMA)
             rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
             last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
             rows = "SELECT key, salt, hash, n, r, p FROM accounts"
             accounts = self._connection.execute(rows).fetchall()
         except (sqlite3.Error, OSError) as error:
-            if "locked" in str(error):
-                raise DatabaseError("another server has it (stop that one)") from None
-            raise DatabaseError(f"{error} (choose another --database)") from None
+            reason = getattr(error, "strerror", None) or error
+            raise DatabaseError(f"{reason} (choose another --database)") from None
         self._file = self._stat()
         # Guarded by the server's lock, as the order of what is said is.
         self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
@@ -1342,16 +1345,30 @@ class Database:
         )
 
     def _check_kind(self) -> None:
-        """Raise sqlite3.Error unless the file is empty or a database of this chat."""
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise sqlite3.Error("a later version of this program made it")
-        if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-            self._connection.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+        """Raise sqlite3.Error unless the file is new or a database of this chat."""
+        if not os.path.exists(self._path) or not os.path.getsize(self._path):
+            return
+        # Immutable: another program's file is not to be touched, not even recovered.
+        file = sqlite3.connect(f"{Path(self._path).as_uri()}?immutable=1", uri=True)
+        with closing(file):
+            (version,) = file.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise sqlite3.Error("a later version of this program made it")
+            try:
+                file.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+            except sqlite3.OperationalError:
+                raise sqlite3.Error("it is a database of another program") from None
 
-    def _stat(self) -> tuple[int, int]:
+    def _take_lock(self) -> None:
+        """Keep other servers from this file until this process ends."""
+        try:
+            self._lock_file.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            raise sqlite3.Error("another server has it open") from None
+
+    def _stat(self) -> tuple[int, int, bool]:
         status = os.stat(self._path)
-        return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino, status.st_size > 0
 
     def close(self, seconds: float) -> None:
         """Write all that was said, for so long at most, and close the file."""
@@ -1416,7 +1433,7 @@ class Database:
         """Make a transaction.  Raises OSError or sqlite3.Error."""
         with self._using, self._connection as connection:
             if self._stat() != self._file:
-                raise OSError("the file is another one")
+                raise OSError("the file has been replaced or emptied")
             connection.execute("BEGIN IMMEDIATE")
             yield connection
 
@@ -1567,7 +1584,7 @@ def main() -> int:
     terminal = Terminal(times=options.times)
     database = None
     try:
-        if options.database:
+        if options.database is not None:
             database = Database(options.database, terminal.tell)
         server = ChatServer(
             options.host, options.port, max_clients=options.max_clients,
