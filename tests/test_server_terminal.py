@@ -236,32 +236,31 @@ def test_a_terminal_that_stops_reading_does_not_stop_the_chat(
     assert shown > 10_000 - 4096 // len(text)
 
 
-def _write_all(descriptor: int, text: str) -> None:
-    with open(descriptor, "w", closefd=False) as file:
-        file.write(text)
-
-
 @pytest.mark.parametrize("lines", [9_999, 10_000, 10_001, 10_003])
-def test_up_to_ten_thousand_lines_wait_for_the_terminal(lines: int) -> None:
+def test_up_to_ten_thousand_lines_wait_for_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, lines: int
+) -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with pytest.raises(BlockingIOError):
         while True:
             os.write(writing, b"\n" * 4096)
     os.set_blocking(writing, True)
-    recorder = server.Recorder(lambda text: _write_all(writing, text))
     output = LineReader(reading)
+    with open(writing, "w") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        terminal = server.Terminal()
 
-    for i in range(lines):
-        recorder.put(f"line {i}")
-    shown = [line for line in output.until(f"line {min(lines, 10_000) - 1}") if line]
-    recorder.drain(HANG_SECONDS)
-    recorder.put("next")
-    after = output.until("next")
+        for i in range(lines):
+            terminal.tell(f"line {i}")
+        shown = output.until(f"line {min(lines, 10_000) - 1}")
+        terminal.close(HANG_SECONDS)
+    after = output.rest()
 
     os.close(reading)
-    os.close(writing)
-    assert shown == [f"line {i}" for i in range(min(lines, 10_000))]
+    assert [line for line in shown if line] == [
+        f"line {i}" for i in range(min(lines, 10_000))
+    ]
     assert re.findall(r"\d+", "".join(after)) == (
         [str(lines - 10_000)] if lines > 10_000 else []
     )
