@@ -189,16 +189,11 @@ class ChatServer:
     """
 
     def __init__(
-        self,
-        host: str = protocol.DEFAULT_HOST,
-        port: int = protocol.DEFAULT_PORT,
-        *,
-        max_clients: int = MAX_CLIENTS,
-        lines_per_second: int = LINES_PER_SECOND,
-        tell_messages: bool = True,
-        tell: Callable[[str], None] = lambda lines: None,
+        self, host: str = protocol.DEFAULT_HOST, port: int = protocol.DEFAULT_PORT, *,
+        max_clients: int = MAX_CLIENTS, lines_per_second: int = LINES_PER_SECOND,
+        tell: Callable[[str], None] = lambda lines: None, tell_messages: bool = True,
         database: Database | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._max_clients = max_clients
         self._lines_per_second = lines_per_second
         self._tell_messages = tell_messages
@@ -268,7 +263,7 @@ class ChatServer:
         if now >= self._accept_at:
             self._accept_at = FOREVER
             self._arrivals.register(self._listener, selectors.EVENT_READ)
-        for client_socket, close_at in list(self._lingering.items()):
+        for client_socket, close_at in self._lingering.copy().items():
             if now >= close_at or _has_ended(client_socket):
                 del self._lingering[client_socket]
                 client_socket.close()
@@ -681,10 +676,7 @@ class ChatServer:
         if self._database:
             self._database.closing.set()
         notice = protocol.notice("Server is shutting down.")
-        if self._accept_at == FOREVER:
-            self._arrivals.unregister(self._listener)
-        self._accept_at = FOREVER
-        self._listener.close()
+        self._close_listener()
         with self._lock:
             for client in self._unjoined:
                 client.farewell = notice
@@ -708,6 +700,12 @@ class ChatServer:
             for client_socket in self._lingering:
                 client_socket.close()
             self._arrivals.close()
+
+    def _close_listener(self) -> None:
+        if self._accept_at == FOREVER:
+            self._arrivals.unregister(self._listener)
+        self._accept_at = FOREVER
+        self._listener.close()
 
     def _await_hang_ups(self, deadline: float) -> None:
         while self._connections or self._lingering:
@@ -1275,7 +1273,7 @@ class Terminal:
 # --- the database -------------------------------------------------------------------
 
 
-class DatabaseError(Exception):
+class DatabaseError(OSError):
     """The file cannot be used; str() of it is what is wrong, and what to do."""
 
 
@@ -1327,7 +1325,9 @@ class Database:
             accounts = self._connection.execute(rows).fetchall()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DatabaseError(f"{reason} (choose another --database)") from None
+            raise DatabaseError(
+                f"cannot use {path!r}: {reason} (choose another --database)"
+            ) from None
         self._file = self._stat()
         # Guarded by the server's lock, as the order of what is said is.
         self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
@@ -1567,13 +1567,18 @@ _ADVICE = {
 }
 
 
-def _explain(error: OSError | UnicodeError) -> str:
-    if isinstance(error, UnicodeError):  # it cannot even be looked up
-        return "that is no host name (give --host a name or an address)"
-    if isinstance(error, socket.gaierror):
-        return f"{error.strerror} (give --host another name or address)"
+def _explain(error: OSError | UnicodeError, host: str, port: int) -> str:
+    """Return why the server does not start, and what to do about that."""
+    where = f"cannot listen on {protocol.clean(host)!r}, port {port}"
+    match error:
+        case DatabaseError():
+            return str(error)
+        case UnicodeError():  # it cannot even be looked up
+            return f"{where}: that is no host name (give --host a name or an address)"
+        case socket.gaierror():
+            return f"{where}: {error.strerror} (give --host another name or address)"
     code = error.errno or 0
-    return f"{os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
+    return f"{where}: {os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
 
 
 def main() -> int:
@@ -1591,14 +1596,9 @@ def main() -> int:
             lines_per_second=options.rate, tell_messages=not options.quiet,
             tell=terminal.tell, database=database,
         )  # fmt: skip
-    except DatabaseError as error:
-        print(f"server.py: cannot use {options.database!r}: {error}", file=sys.stderr)
-        return 1
     except (OSError, UnicodeError) as error:
-        where = f"{protocol.clean(options.host)!r}, port {options.port}"
-        print(
-            f"server.py: cannot listen on {where}: {_explain(error)}", file=sys.stderr
-        )
+        reason = _explain(error, options.host, options.port)
+        print(f"server.py: {reason}", file=sys.stderr)
         return 1
     bugs = _stop_on_bugs(server)
     _stop_on_signals(server)
