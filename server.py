@@ -1573,13 +1573,12 @@ _ADVICE = {
 def _explain(error: OSError | UnicodeError, host: str, port: int) -> str:
     """Return why the server does not start, and what to do about that."""
     where = f"cannot listen on {protocol.clean(host)!r}, port {port}"
-    match error:
-        case DatabaseError():
-            return str(error)
-        case UnicodeError():  # it cannot even be looked up
-            return f"{where}: that is no host name (give --host a name or an address)"
-        case socket.gaierror():
-            return f"{where}: {error.strerror} (give --host another name or address)"
+    if isinstance(error, DatabaseError):
+        return str(error)
+    if isinstance(error, UnicodeError):  # it cannot even be looked up
+        return f"{where}: that is no host name (give --host a name or an address)"
+    if isinstance(error, socket.gaierror):
+        return f"{where}: {error.strerror} (give --host another name or address)"
     code = error.errno or 0
     return f"{where}: {os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
 
