@@ -39,7 +39,7 @@ class _Row:
 class Screen:
     """What a terminal makes of the bytes that are written to it."""
 
-    _TOKEN = re.compile(r"\x1b\[([0-9;]*)([A-Za-z])|([^\x1b])", re.DOTALL)
+    _TOKEN = re.compile(r"\x1b\[(\??[0-9;]*)([A-Za-z])|([^\x1b])", re.DOTALL)
 
     def __init__(self, columns: int, rows: int) -> None:
         self._columns, self._height = columns, rows
@@ -48,6 +48,8 @@ class Screen:
         self._column = 0  # the number of columns: the next character wraps
         self._style = ""
         self._unread = ""  # the beginning of an escape sequence
+        self.takes_pastes = False  # between brackets
+        self.bells = 0
         self.scrolled_off: list[str] = []  # rows that have left the screen at the top
 
     @property
@@ -136,6 +138,8 @@ class Screen:
             self._column = 0
         elif char == "\n":
             self._line_feed()
+        elif char == "\a":
+            self.bells += 1
         else:
             category = unicodedata.category(char[0])
             assert category != "Cc", f"control character {char!r}"
@@ -173,8 +177,14 @@ class Screen:
 
     def _obey(self, command: str, numbers: str) -> None:
         match command, numbers:
+            case "m", "1" if self._style:
+                self._style += ";1"
+            case "m", "22":
+                self._style = self._style.removesuffix("1").removesuffix(";")
             case "m", _:
                 self._style = numbers
+            case ("h" | "l"), "?2004":
+                self.takes_pastes = command == "h"
             case "A", _:
                 self._row = max(0, self._row - int(numbers))
                 self._column = min(self._column, self._columns - 1)
