@@ -439,6 +439,7 @@ class ChatClient:
         if self._receiver.is_alive():
             self._receiver.join()
         self._socket.close()
+        self._joined = False
         bug, self._bug = self._bug, None
         if bug:
             raise bug

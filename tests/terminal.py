@@ -15,6 +15,7 @@ import signal
 import subprocess
 import termios
 import time
+import tty
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -183,7 +184,7 @@ class Screen:
                 self._style = self._style.removesuffix("1").removesuffix(";")
             case "m", _:
                 self._style = numbers
-            case ("h" | "l"), "?2004":
+            case (("h" | "l"), "?2004"):
                 self.takes_pastes = command == "h"
             case "A", _:
                 self._row = max(0, self._row - int(numbers))
@@ -243,7 +244,8 @@ class Terminal:
             os.set_blocking(self._master, False)
             termios.tcsetwinsize(self._master, (rows, columns))
             self.modes_before = self.modes()
-            shells = ["sh", "-c", _TAKE_TERMINAL, os.ttyname(slave)]
+            self._name = os.ttyname(slave)
+            shells = ["sh", "-c", _TAKE_TERMINAL, self._name]
             self._shell = subprocess.Popen(
                 [*shells, "sh", "-c", _RUN_JOB, "sh", *command],
                 env=environment,
@@ -317,9 +319,27 @@ class Terminal:
         """Tell whether the program writes nothing for so long."""
         return not select.select([self._master], [], [], seconds)[0]
 
+    def drain(self) -> None:
+        """Read what the program has written."""
+        while not self.is_silent(0):
+            self._read()
+
     def modes(self) -> list[object]:
         """Return the modes of the terminal, as stty shows them."""
         return termios.tcgetattr(self._master)
+
+    def unread(self) -> bytes:
+        """Return what was typed and nobody has read: the shell is going to."""
+        flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK
+        keyboard = os.open(self._name, flags)
+        try:
+            tty.setcbreak(keyboard)
+            return os.read(keyboard, 65536)
+        except BlockingIOError:
+            return b""
+        finally:
+            termios.tcsetattr(keyboard, termios.TCSANOW, self.modes_before)
+            os.close(keyboard)
 
     def pid(self) -> int:
         """Return the number of the process that runs in the foreground."""
@@ -334,10 +354,13 @@ class Terminal:
     def end(self) -> int:
         """Return the exit status, once the program has ended and all of it is read.
 
-        It must have left the terminal as it was.
+        It must have left the terminal as it was, and nothing typed for the shell.
         """
         status = self.status()
         assert self.modes() == self.modes_before
+        assert self.unread() == b""
+        self.drain()
+        assert not self.screen.takes_pastes
         self.close()
         return status
 

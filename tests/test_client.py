@@ -98,18 +98,26 @@ def puppet(no_leaks: None) -> Iterator[Puppet]:
 PROGRAM = [str(PROJECT / "client.py")]
 
 
+def changed(change: str) -> list[str]:
+    """Return the program with a change: a line of Python that is run before it."""
+    path = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import client, console"
+    return ["-c", f"{path}\n{change}\nsys.exit(client.client_program())"]
+
+
 def impatient(seconds: float) -> list[str]:
     """Return the program, but that a server that hangs holds it up for less long."""
-    return [
-        "-c",
-        f"""
-import sys
-sys.path.insert(0, {str(PROJECT)!r})
-import client
-client.LEAVE_SECONDS = {seconds}
-sys.exit(client.client_program())
-""",
-    ]
+    return changed(f"client.LEAVE_SECONDS = {seconds}")
+
+
+SMALL_SEND_BUFFER = f"""
+client.LEAVE_SECONDS = 0.5
+connect = client.socket.create_connection
+def connect_small(*address):
+    connection = connect(*address)
+    connection.setsockopt(client.socket.SOL_SOCKET, client.socket.SO_SNDBUF, {SMALL_BUFFER})
+    return connection
+client.socket.create_connection = connect_small
+"""
 
 
 def command(address: str, program: list[str] = PROGRAM) -> list[str]:
@@ -161,6 +169,11 @@ class PipedClient:
         assert self.process.stdin
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
+
+    def end_input(self) -> None:
+        """Write no more."""
+        assert self.process.stdin
+        self.process.stdin.close()
 
     def end(self) -> tuple[int, list[str]]:
         """Return exit status and the rest of the output, once it has ended."""
@@ -221,26 +234,41 @@ def test_piped_session_reads_like_one_at_a_terminal(room: Room) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "answers", "goodbye"),
+    ("typed", "answers", "goodbye", "status"),
     [
-        ("q\n", ["Enter your choice: q"], LEFT),
-        (" Q \n", ["Enter your choice:  Q "], LEFT),
-        ("2\n", ["Enter your choice: 2"], EXITED),
-        ("\t2 \n", ["Enter your choice:     2 "], EXITED),
-        ("q", ["Enter your choice: q"], LEFT),
-        ("", [], LEFT),
-        ("1\nq\n", ["Enter your choice: 1", "Enter your username: q"], LEFT),
-        (" 1\n Q\n", ["Enter your choice:  1", "Enter your username:  Q"], LEFT),
-        ("1\n", ["Enter your choice: 1"], LEFT),
+        ("q\n", ["Enter your choice: q"], LEFT, 0),
+        (" Q \n", ["Enter your choice:  Q "], LEFT, 0),
+        ("2\n", ["Enter your choice: 2"], EXITED, 0),
+        ("\t2 \n", ["Enter your choice:     2 "], EXITED, 0),
+        ("q", ["Enter your choice: q"], LEFT, 0),
+        ("", [], LEFT, 0),
+        ("1\nq\n", ["Enter your choice: 1", "Enter your username: q"], LEFT, 1),
+        (" 1\n Q\n", ["Enter your choice:  1", "Enter your username:  Q"], LEFT, 1),
+        ("1\n", ["Enter your choice: 1"], LEFT, 1),
     ],
 )
-def test_leaving_before_the_chat_has_status_0(
-    room: Room, typed: str, answers: list[str], goodbye: list[str]
+def test_pipe_that_leaves_before_the_chat_has_failed_if_it_was_to_join(
+    room: Room, typed: str, answers: list[str], goodbye: list[str], status: int
 ) -> None:
-    status, output = run_client(room.address, typed)
+    assert run_client(room.address, typed) == (status, [*START, *answers, *goodbye])
 
-    assert output == [*START, *answers, *goodbye]
-    assert status == 0
+
+def test_pipe_whose_names_are_all_refused_has_status_1(room: Room) -> None:
+    status, output = run_client(room.address, "1\n?\n")
+
+    assert output[-2:] == LEFT
+    assert status == 1
+
+
+def test_pipe_that_ends_before_the_server_has_answered_leaves(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address, impatient(0.1))
+
+    piped.write("1\nAlex\n")
+    piped.end_input()
+
+    assert piped.end() == (1, [*JOINING, *LEFT])
 
 
 @pytest.mark.parametrize("other", ["3", "", "12", "join", "1 1", "ｑ"])
@@ -833,6 +861,15 @@ def go_to(place: str, alex: Terminal) -> None:
         alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
 
 
+def join(puppet: Puppet, alex: Terminal) -> Caller:
+    """Let Alex join the test's own server; return its end of the connection."""
+    go_to("menu", alex)
+    alex.type(f"1{ENTER}Alex{ENTER}")
+    caller = puppet.welcome()
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
+    return caller
+
+
 @pytest.fixture
 def chat(room: Room, start_terminal: StartTerminal) -> Chat:
     """Let Alex join on a terminal, with a clear screen, and Bob without one."""
@@ -1100,7 +1137,10 @@ WORD_RIGHT_KEYS = ["\x1bf", "\x1b[1;5C", "\x1b[1;3C"]
         (f"e\u0301a{CTRL_A}{ARROW_RIGHT}b", "e\u0301ba"),
         (f"e\u0301a{CTRL_A}\x1b[3~", "a"),
         ("a\tb", "a    b"),
-        ("a\x1b[15~b\x1b[200~c\x1bOPd", "abcd"),
+        ("a\x1b[15~b\x1b[201~c\x1bOPd", "abcd"),
+        (f"say cafe\u0301s{WORD_LEFT_KEYS[0]}x", "say xcafe\u0301s"),
+        (f"cafe\u0301s x{CTRL_A}{WORD_RIGHT_KEYS[0]}-", "cafe\u0301s- x"),
+        (f"cafe\u0301s{ESCAPE}{BACKSPACE}x", "x"),
         ("a\x00\x07\x1db", "ab"),
         ("1", "1"),
         ("2", "2"),
@@ -1309,6 +1349,11 @@ def test_no_color_means_no_colours_and_the_rest_stays(chat: Chat) -> None:
     assert not COLOURED.search(alex.output)
 
 
+def paste(*lines: str) -> str:
+    """Return what a terminal sends for a paste."""
+    return f"\x1b[200~{ENTER.join(lines)}\x1b[201~"
+
+
 def test_dumb_terminal_gets_plain_lines(
     room: Room, start_terminal: StartTerminal
 ) -> None:
@@ -1440,10 +1485,7 @@ def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
     puppet: Puppet, start_terminal: StartTerminal, key: str, status: int, kind: str
 ) -> None:
     alex = start_terminal(puppet.address, impatient(1.0), TERM=kind)
-    go_to("menu", alex)
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    puppet.welcome()
-    alex.wait_for("You:")
+    join(puppet, alex)
     began = time.monotonic()
 
     alex.type(key)
@@ -1454,28 +1496,58 @@ def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
     assert client.LEAVE_SECONDS <= 3.0
 
 
-def test_ctrl_c_leaves_a_server_that_does_not_answer_to_the_name(
-    puppet: Puppet, start_terminal: StartTerminal
+LEAVING_KEYS = pytest.mark.parametrize(
+    ("keys", "status"), [(CTRL_C, 130), (CTRL_D, 0), (f"q{ENTER}", 0)],
+    ids=["Ctrl-C", "Ctrl-D", "q"],
+)  # fmt: skip
+
+
+@TERMINALS
+@LEAVING_KEYS
+def test_leaving_a_server_that_does_not_answer_to_the_name(
+    puppet: Puppet, start_terminal: StartTerminal, keys: str, status: int, kind: str
 ) -> None:
-    alex = start_terminal(puppet.address)
+    alex = start_terminal(puppet.address, impatient(0.5), TERM=kind)
     go_to("name", alex)
     alex.type(f"Alex{ENTER}")
     assert puppet.accept().line() == "Alex"
 
-    alex.type(CTRL_C)
+    began = time.monotonic()
+    alex.type(keys)
 
-    assert alex.end() == 130
-    assert alex.screen.rows == [*JOINING, *LEFT, ""]
+    assert alex.end() == status
+    assert time.monotonic() - began < 1.5
+    echo = ("", "q", "^C") if kind == "dumb" else ("",)
+    rows = [row.removeprefix("^C") for row in alex.screen.rows if row not in echo]
+    assert rows == [*JOINING, *LEFT]
+
+
+@LEAVING_KEYS
+def test_leaving_in_the_middle_of_a_paste_that_the_server_does_not_take(
+    puppet: Puppet, start_terminal: StartTerminal, keys: str, status: int
+) -> None:
+    alex = start_terminal(puppet.address, changed(SMALL_SEND_BUFFER))
+    join(puppet, alex)
+    alex.type(paste(*["x" * 1000] * 200, ""))
+    alex.wait_for("Send 200 lines?")
+    alex.type(f"y{ENTER}")
+    while not alex.is_silent(0.3):
+        alex.drain()
+
+    began = time.monotonic()
+    alex.type(keys)
+
+    assert alex.end() == status
+    assert time.monotonic() - began < 3.0
+    assert alex.screen.rows[-2:] == ["Connection closed.", ""]
+    assert alex.output.count("Leaving the chat...") == 1
 
 
 def test_second_ctrl_c_ends_a_leaving_that_takes_too_long(
     puppet: Puppet, start_terminal: StartTerminal
 ) -> None:
     alex = start_terminal(puppet.address, impatient(HANG_SECONDS))
-    go_to("menu", alex)
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    puppet.welcome()
-    alex.wait_for("You:")
+    join(puppet, alex)
 
     alex.type(CTRL_C)
     alex.wait_for("Leaving the chat...")
@@ -1509,19 +1581,25 @@ def test_connection_that_ended_at_the_name_is_made_again(
 
 
 @ENDINGS
-def test_server_that_cannot_be_reached_again_from_the_name_ends_the_client(
-    puppet: Puppet, start_terminal: StartTerminal, end: Callable[[Caller], None]
+@pytest.mark.parametrize("place", ["menu", "name"])
+def test_server_that_cannot_be_reached_again_leads_to_the_menu(
+    puppet: Puppet,
+    start_terminal: StartTerminal,
+    place: str,
+    end: Callable[[Caller], None],
 ) -> None:
     alex = start_terminal(puppet.address)
-    go_to("name", alex)
+    go_to(place, alex)
     end(puppet.accept())
     puppet.close()
 
-    alex.type(f"Alex{ENTER}")
+    alex.type(f"1{ENTER}" if place == "menu" else f"Alex{ENTER}")
 
-    assert alex.end() == 1
     lost = "Connection lost: Connection refused."
-    assert alex.screen.rows == [*JOINING, lost, ""]
+    before = [*START, NAMED[0]] if place == "menu" else JOINING
+    assert alex.shows([*before, lost, *MENU, "Enter your choice:"])
+    alex.type(f"q{ENTER}")
+    assert alex.end() == 1
 
 
 def test_leaving_at_the_name_has_status_0_when_the_server_is_gone(
@@ -1555,8 +1633,11 @@ def test_server_that_has_become_full_ends_the_client(
     assert alex.screen.rows == [*JOINING, f"! {FULL}", ""]
 
 
+LOST = "Connection lost: the server closed the connection."
+
+
 @TERMINALS
-def test_server_that_is_killed_ends_the_client_within_a_second(
+def test_killed_server_is_told_within_a_second_and_leads_to_the_menu(
     start_terminal: StartTerminal,
     start_server: Callable[..., ServerProcess],
     kind: str,
@@ -1566,33 +1647,28 @@ def test_server_that_is_killed_ends_the_client_within_a_second(
     go_to("chat", alex)
     alex.type("half a line")
     alex.wait_for("You: half a line")
+    above = alex.screen.rows
 
     server.process.kill()
     start = time.monotonic()
-    status = alex.end()
+    alex.wait_for(LOST)
 
     assert time.monotonic() - start < 1.0
-    assert status == 1
-    lost = "Connection lost: the server closed the connection."
-    assert alex.screen.rows[-3:] == ["You: half a line", lost, ""]
+    assert alex.shows([*above, LOST, *MENU, "Enter your choice:"])
+    alex.type(f"q{ENTER}")
+    assert alex.end() == 1
+    assert alex.screen.rows[-3:] == [*LEFT, ""]
 
 
 def test_connection_that_is_reset_is_lost_with_the_reason(
     puppet: Puppet, start_terminal: StartTerminal
 ) -> None:
     alex = start_terminal(puppet.address)
-    go_to("menu", alex)
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    caller = puppet.welcome()
-    alex.wait_for("You:")
-    alex.type(f"half a line{ARROW_LEFT * 4}")
-    alex.wait_for("half a line")
+    caller = join(puppet, alex)
 
     caller.reset()
 
-    assert alex.end() == 1
-    lost = "Connection lost: Connection reset by peer."
-    assert alex.screen.rows[-3:] == ["You: half a line", lost, ""]
+    alex.wait_for("Connection lost: Connection reset by peer.")
 
 
 def test_last_words_of_the_server_are_shown_before_the_connection_is_lost(
@@ -1604,21 +1680,110 @@ def test_last_words_of_the_server_are_shown_before_the_connection_is_lost(
 
     room.stop()
 
-    assert alex.end() == 1
-    assert alex.screen.rows == [
-        "* Server is shutting down.",
-        "You: half",
-        "Connection lost: the server closed the connection.",
-        "",
-    ]
+    last = "* Server is shutting down."
+    assert alex.shows([last, "You: half", LOST, *MENU, "Enter your choice:"])
 
 
-def test_terminal_is_left_sane_by_a_client_that_is_terminated(chat: Chat) -> None:
-    alex, bob = chat()
+def test_half_typed_line_is_typed_on_after_the_server_was_restarted(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+    alex.type(f"half a line{ARROW_LEFT * 4}")
+    alex.wait_for("You: half a line")
 
-    os.kill(alex.pid(), signal.SIGTERM)
+    caller.close()
+    alex.wait_for("Enter your choice:")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    alex.type(f"1{ENTER}")
+    alex.wait_for("Enter your username [Alex]:")
+    alex.type(ENTER)
+    caller = puppet.welcome()
 
-    assert alex.end() == 128 + signal.SIGTERM
+    assert caller.name == "Alex"
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You: half a line")
+    assert alex.screen.cursor[1] == 12
+    alex.type(f"of {ENTER}")
+    assert caller.line() == "half a of line"
+    alex.type(f"q{ENTER}")
+    assert caller.line() == "q"
+    caller.close()
+    assert alex.end() == 0
+
+
+def test_another_name_may_be_given_after_the_connection_was_lost(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    join(puppet, alex).close()
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+
+    alex.type(f"1{ENTER}Sam{ENTER}")
+
+    assert puppet.welcome().name == "Sam"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_ten_lost_connections_leave_no_thread_no_descriptor_and_no_stale_row(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address, rows=200)
+    caller = join(puppet, alex)
+    process = Path(f"/proc/{alex.pid()}")
+    before = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
+    expected = alex.screen.rows[:-1]
+
+    for number in range(10):
+        caller.close()
+        alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+        alex.type(f"1{ENTER}")
+        alex.wait_until(lambda: alex.screen.rows[-1].startswith("Enter your username"))
+        alex.type(ENTER)
+        caller = puppet.welcome()
+        caller.say(f"* Start {number}")
+        again = [LOST, *MENU, NAMED[0], "Enter your username [Alex]:"]
+        expected += [*again, *JOINING[-1:], "* Welcome, Alex!", f"* Start {number}"]
+        assert alex.shows([*expected, "You:"])
+
+    after = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
+    assert after == before
+
+
+def test_bug_in_the_receiver_ends_the_client_loudly(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    bug = "protocol.parse_server_line = lambda line: 1 / 0"
+    process = subprocess.Popen(
+        command(puppet.address, changed(f"import protocol; {bug}")),
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    puppet.accept().say("* Hello")
+
+    _, errors = process.communicate(b"1\nAlex\n", HANG_SECONDS)
+
+    assert process.returncode == 1
+    assert b"ZeroDivisionError" in errors
+
+
+@TERMINALS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_terminal_is_left_sane_by_a_client_that_is_terminated(
+    room: Room, start_terminal: StartTerminal, number: signal.Signals, kind: str
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address, TERM=kind)
+    go_to("chat", alex)
+    assert bob.line() == "* Alex has joined the chat."
+    alex.type("half a line")
+    alex.wait_for("half a line")
+
+    os.kill(alex.pid(), number)
+
+    assert alex.end() == 128 + number
+    assert alex.screen.rows[-2:] == ["You: half a line", ""]
     assert bob.line() == "* Alex has left the chat."
 
 
