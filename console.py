@@ -90,6 +90,7 @@ class Terminal:
     """
 
     _kept_off = 0  # local modes, all the time
+    _idle_reads = 0  # in a row, that are empty and no end of input
 
     def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
         """keyboard, screen: file descriptors; options: the flags of the program."""
@@ -102,7 +103,8 @@ class Terminal:
         self._prompt: str | None = None  # of the line being typed, if one is
         self._mention = re.compile("(?!)")  # our own name, once it is known
         self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
-        self._input_ended = False
+        self._input_ended, self._empty_reads = False, 0
+        self._reading = False
         # For whoever wants the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
@@ -203,11 +205,17 @@ class Terminal:
         return bool(ready)
 
     def _read_keyboard(self) -> None:
+        # select() may have promised too much: Ctrl-C empties the system's buffer.
+        self._reading = True
         try:
+            self._heed_signals()
             chunk = os.read(self._keyboard, READ_BYTES)
         except OSError:
             chunk = b""  # the terminal has been closed
-        self._input_ended |= not chunk
+        finally:
+            self._reading = False
+        self._empty_reads = 0 if chunk else self._empty_reads + 1
+        self._input_ended = self._empty_reads > self._idle_reads
         self._ahead += self._cut(chunk)
 
     def _cut(self, chunk: bytes) -> list[str]:
@@ -225,7 +233,7 @@ class Terminal:
             self._restore()
             os._exit(128 + number)
         self._ending = number
-        if os.name == "nt":  # there the main thread may be reading the keyboard
+        if self._reading:  # and might be stuck with that
             self._heed_signals()
 
     def _heed_signals(self) -> None:
@@ -250,11 +258,15 @@ class Terminal:
             return
         deadline = time.monotonic() + FORGET_SECONDS
         self._set_modes(_EDITED)
-        while not self._input_ended and time.monotonic() < deadline:
-            if not select.select([self._keyboard], [], [], self._pause())[0]:
-                break
-            self._read_keyboard()
-            self._ahead.clear()
+        try:
+            while time.monotonic() < deadline:
+                if not select.select([self._keyboard], [], [], self._pause())[0]:
+                    break
+                if not (chunk := os.read(self._keyboard, READ_BYTES)):
+                    break
+                self._cut(chunk)
+        except OSError:
+            pass  # the terminal has been closed
         self._ahead.clear()
         self._set_modes(self._kept_off, flush=True)
 
@@ -269,7 +281,7 @@ class Terminal:
         modes = [*self._modes[:6], [*self._modes[6]]]
         modes[3] &= ~off
         if off & termios.ICANON:
-            modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
+            modes[6][termios.VMIN] = modes[6][termios.VTIME] = 0  # never wait
         try:
             if flush:
                 termios.tcflush(self._keyboard, termios.TCIFLUSH)
@@ -601,6 +613,7 @@ class LineEditor(Terminal):
     """
 
     _kept_off = _EDITED
+    _idle_reads = 2
 
     def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
         super().__init__(keyboard, screen, options)

@@ -27,6 +27,7 @@ from helpers import (
 from terminal import Terminal
 
 import client
+import console
 
 MENU = ["1. Join the chat", "q. Leave the chat", "2. Exit the program"]
 START = ["Connected to server.", *MENU]
@@ -754,16 +755,6 @@ def test_no_server_is_one_line_that_says_where_and_why() -> None:
         assert part in run.stderr
 
 
-def test_impossible_host_is_one_line_that_says_so() -> None:
-    host = "x" * 64  # longer than a label may be, so that nobody asks the network
-
-    run = run_program("--host", host)
-
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.count("\n") == 1
-    assert host in run.stderr
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -1382,19 +1373,6 @@ def test_dumb_terminal_gets_plain_lines(
     ]
 
 
-def test_no_escape_sequence_if_only_stdin_is_a_terminal(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(room.address, shell='"$@" | cat')
-    alex.wait_for(MENU[-1])
-
-    alex.type(f"1{ENTER}Alex{ENTER}q{ENTER}")
-
-    alex.wait_for("Connection closed.")
-    assert alex.end() == 0
-    assert ESCAPE not in alex.output
-
-
 def test_no_escape_sequence_if_only_stdout_is_a_terminal(
     room: Room, start_terminal: StartTerminal
 ) -> None:
@@ -1806,3 +1784,565 @@ def test_idle_client_uses_no_cpu(
     assert alex.is_silent(0.3)
 
     assert ticks() - before <= 1  # of the 30 that this took
+
+
+# --- pastes, and what is typed ahead ------------------------------------------------
+
+
+def test_pasted_q_is_text_and_goes_out_with_a_blank(chat: Chat) -> None:
+    alex, bob = chat()
+
+    alex.type(paste("one", "q", "Q", "", "four") + f"{BACKSPACE}r{ENTER}")
+
+    assert bob.lines(4) == [
+        "Alex: one",
+        "Alex: q ",
+        "Alex: Q ",
+        "Alex: four"[:-1] + "r",
+    ]
+
+
+@pytest.mark.parametrize("answer", ["y", " Y ", "yes"])
+@pytest.mark.parametrize("last", ["", "line 19"])
+def test_long_paste_is_sent_after_a_yes(chat: Chat, answer: str, last: str) -> None:
+    alex, bob = chat()
+    lines = [f"line {number}" for number in range(19)] + ([last] if last else ["last"])
+
+    alex.type(paste(*lines, *([] if last else [""])))
+    assert alex.shows(["Send 20 lines? [y/N]"])
+    alex.type(f"{answer}{ENTER}")
+
+    assert bob.lines(20) == [f"Alex: {line}" for line in lines]
+    asked = f"Send 20 lines? [y/N] {answer}".rstrip()
+    assert alex.shows([asked, *[f"You: {line}" for line in lines], "You:"])
+
+
+@pytest.mark.parametrize("answer", [ENTER, f"n{ENTER}", f"q{ENTER}", CTRL_D])
+def test_no_to_a_long_paste_keeps_its_first_line(chat: Chat, answer: str) -> None:
+    alex, bob = chat()
+
+    alex.type("say " + paste(*[f"line {number}" for number in range(6)], ""))
+    alex.wait_for("Send 6 lines?")
+    alex.type(answer)
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You: say line 0")
+    alex.type(f"!{ENTER}")
+
+    assert bob.line() == "Alex: say line 0!"
+
+
+def test_paste_in_the_middle_of_a_line_goes_between_its_halves(chat: Chat) -> None:
+    alex, bob = chat()
+
+    alex.type(f"ad{ARROW_LEFT}{paste('b', 'c')}{ENTER}")
+
+    assert bob.lines(2) == ["Alex: ab", "Alex: cd"]
+
+
+def test_paste_that_comes_in_pieces_is_one_paste(chat: Chat) -> None:
+    alex, bob = chat()
+
+    for char in f"{ESCAPE}{paste('q', 'ä', '')}":
+        alex.type(char)
+        alex.drain()
+
+    assert bob.lines(2) == ["Alex: q ", "Alex: ä"]
+
+
+def test_control_characters_in_a_paste_are_cleaned(chat: Chat) -> None:
+    alex, bob = chat()
+
+    alex.type(paste("a\tb\x1b[31mc\x00\x07\x04d", ""))
+
+    shown = "a    b\ufffd[31mc\ufffd\ufffd\ufffdd"
+    assert bob.line() == f"Alex: {shown}"
+    assert alex.shows([f"You: {shown}", "You:"])
+
+
+def test_paste_without_an_end_is_taken_once_it_is_silent(chat: Chat) -> None:
+    alex, bob = chat()
+
+    alex.type("\x1b[200~one\rq\rthree")
+
+    assert bob.lines(2) == ["Alex: one", "Alex: q "]
+    alex.type(f" and on{ENTER}")
+    assert bob.line() == "Alex: three and on"
+
+
+def test_ctrl_c_ends_a_paste_without_an_end(chat: Chat) -> None:
+    alex, _ = chat()
+    alex.type("\x1b[200~one\rq\r")
+
+    alex.type(CTRL_C)
+
+    assert alex.end() == 130
+
+
+def test_huge_pasted_line_takes_little_at_each_key(chat: Chat) -> None:
+    alex, _ = chat(columns=40, rows=6)
+    alex.type(paste("word " * 100_000))
+    alex.wait_until(lambda: len(alex.screen.rows) > 4)
+    written = len(alex.output)
+
+    began = time.monotonic()
+    alex.type("x" * 100 + f"{ESCAPE}b" * 20 + f"{CTRL_W}!")
+    alex.wait_until(lambda: "!" in alex.output[written:])
+
+    assert time.monotonic() - began < 2.0
+    assert len(alex.output) - written < 200_000
+
+
+def test_keys_are_read_in_bounded_memory() -> None:
+    keys = console.KeyReader()
+    for text in "\x1b[200~", "\x1b[1;":
+        for _ in range(3):
+            keys.feed((text + "1" * 3 * console.MAX_TYPED_CHARS).encode())
+            assert len(keys._rest) < console.MAX_TYPED_CHARS + 10_000
+
+
+def leave_with_q(alex: Terminal) -> None:
+    alex.type(f"q{ENTER}")
+
+
+def leave_with_ctrl_c(alex: Terminal) -> None:
+    alex.type(CTRL_C)
+
+
+def leave_with_ctrl_c_twice(alex: Terminal) -> None:
+    os.kill(alex.pid(), signal.SIGINT)
+    alex.wait_for("Leaving the chat...")
+    os.kill(alex.pid(), signal.SIGINT)
+
+
+def leave_with_sigterm(alex: Terminal) -> None:
+    os.kill(alex.pid(), signal.SIGTERM)
+
+
+@TERMINALS
+@pytest.mark.parametrize(
+    ("leave", "status"),
+    [
+        (leave_with_q, 0),
+        (leave_with_ctrl_c, 130),
+        (leave_with_ctrl_c_twice, 130),
+        (leave_with_sigterm, 143),
+    ],
+)
+def test_what_is_typed_ahead_is_not_left_for_the_shell(
+    puppet: Puppet,
+    start_terminal: StartTerminal,
+    leave: Callable[[Terminal], None],
+    status: int,
+    kind: str,
+) -> None:
+    """The last check is that of end(): nothing is left to be read."""
+    alex = start_terminal(puppet.address, impatient(0.5), TERM=kind)
+    join(puppet, alex)
+
+    leave(alex)
+    alex.type(f"rm -rf everything{ENTER}and{ENTER}half a line")
+
+    assert alex.end() == status
+
+
+def test_what_is_typed_ahead_of_a_full_server_is_not_left_for_the_shell(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("menu", alex)
+    caller = puppet.accept()
+    caller.say(f"! {FULL}")
+    caller.close()
+
+    alex.type(f"1{ENTER}Alex{ENTER}half a line")
+
+    assert alex.end() == 1
+
+
+def test_paste_that_goes_on_after_the_end_is_not_left_for_the_shell(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address, impatient(0.2))
+    join(puppet, alex)
+    alex.type(f"q{ENTER}\x1b[200~one{ENTER}")
+    alex.wait_for("Connection closed.")
+
+    assert alex.is_silent(0.2)  # the terminal is still taking its time
+    alex.type(f"two{ENTER}" * 1000 + "\x1b[201~")
+
+    assert alex.end() == 0
+
+
+def test_shell_gets_nothing_of_three_hundred_lines_with_a_q_among_them(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address, shell='"$@"; echo ended; cat')
+    go_to("chat", alex)
+    lines = [f"echo {number}" for number in range(300)]
+    lines[5] = "q"
+
+    alex.type(paste(*lines, ""))
+    alex.wait_for("Send 300 lines?")
+    alex.type(f"y{ENTER}")
+
+    said = [f"Alex: {line}" for line in lines]
+    said[5] = "Alex: q "
+    assert bob.lines(301)[1:] == said
+    alex.type("".join(f"{line}{ENTER}" for line in lines))  # without brackets
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["ended", ""])
+    alex.type(CTRL_D)  # for cat, which was given nothing
+    assert alex.end() == 0
+    assert alex.screen.rows[-3:] == ["Connection closed.", "ended", ""]
+
+
+def test_shell_gets_nothing_of_what_is_typed_on_when_the_server_is_killed(
+    start_terminal: StartTerminal, start_server: Callable[..., ServerProcess]
+) -> None:
+    server = start_server()
+    alex = start_terminal(server.address, shell='"$@"; echo "ended $?"; cat')
+    go_to("chat", alex)
+    alex.type("in the middle ")
+
+    server.process.kill()
+    alex.type(f"of a sentence{ENTER}and another{ENTER}")
+    alex.wait_for("Connection lost:")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    alex.type(f"2{ENTER}ls{ENTER}")
+
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["ended 1", ""])
+    alex.type(CTRL_D)
+    assert alex.end() == 0
+    assert alex.screen.rows[-4:] == [*EXITED, "ended 1", ""]
+
+
+@pytest.mark.parametrize("moment", [CTRL_Z, f"q{ENTER}"])
+def test_brackets_around_pastes_are_asked_for_only_while_the_client_runs(
+    chat: Chat, moment: str
+) -> None:
+    alex, _ = chat()
+    assert alex.screen.takes_pastes
+
+    alex.type(moment)
+
+    alex.status()
+    alex.drain()
+    assert not alex.screen.takes_pastes
+    if moment == CTRL_Z:
+        alex.resume()
+        alex.wait_until(lambda: alex.screen.takes_pastes)
+
+
+# --- secrets, private messages, and what the flags do -------------------------------
+
+
+def test_line_before_the_answer_to_the_name_is_shown_and_is_not_the_answer(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.write("1\nAlex\nHello\nq\n")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+
+    caller.say("Welcome to this house.")
+    piped.output.until("Welcome to this house.")
+    caller.say("! Not now.")
+
+    assert piped.output.lines(3)[0] == "! Not now."  # and Hello is the next name
+
+
+PASSWORD = "correct horse battery"
+
+
+def test_password_at_the_name_is_not_shown(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+
+    caller.say("? This name is kept: its password?")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
+    alex.type(f"{ARROW_UP}wrong{ENTER}")
+    assert caller.line() == "wrong"
+    caller.say("! That is not it.")
+    alex.wait_for("! That is not it.")
+    alex.type(f"Alex{ENTER}")
+    assert caller.line() == "Alex"
+    caller.say("? This name is kept: its password?")
+    alex.type(f"{PASSWORD}{ENTER}")
+    assert caller.line() == PASSWORD
+    caller.say("* Welcome, Alex!")
+
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
+    assert not {"wrong", PASSWORD} & {word for word in alex.output.split()}
+    assert PASSWORD not in alex.output
+
+
+@TERMINALS
+def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
+    puppet: Puppet, start_terminal: StartTerminal, kind: str
+) -> None:
+    alex = start_terminal(puppet.address, TERM=kind)
+    caller = join(puppet, alex)
+    alex.type(f"/register{ENTER}")
+    assert caller.line() == "/register"
+    caller.say("! Not just now.")
+    half = "" if kind == "dumb" else "half"
+    alex.type(half)
+    alex.wait_until(lambda: alex.screen.rows[-1] == f"You: {half}".rstrip())
+
+    caller.say("? The new password?")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
+    caller.say("Bob: Hi!")
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["Bob: Hi!", "Password:"])
+    alex.type(f"{PASSWORD}{ENTER}")
+    assert caller.line() == PASSWORD
+    alex.wait_until(lambda: alex.screen.rows[-1] == f"You: {half}".rstrip())
+    assert alex.screen.rows.count("You: half") == bool(half)
+    alex.type(f"{ARROW_UP * 2 if half else ''} a line{ENTER}")
+
+    assert caller.line() == ("/register a line" if half else " a line")
+    assert PASSWORD not in alex.output
+
+
+def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.write(f"1\nAlex\n{PASSWORD}\n/register\nanother one\nHello\nq\n")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+    caller.say("? Its password?")
+    assert caller.line() == PASSWORD
+    caller.say("* Welcome, Alex!")
+    assert caller.line() == "/register"
+    caller.say("Bob: Hi!")
+    caller.say("? The new password?")
+    assert caller.lines(3) == ["another one", "Hello", "q"]
+    caller.close()
+
+    status, output = piped.end()
+    assert status == 0
+    assert output == [
+        *JOINING,
+        "? Its password?",
+        "Password: ",
+        "* Welcome, Alex!",
+        "You: /register",
+        "Bob: Hi!",
+        "? The new password?",
+        "Password: ",
+        "You: Hello",
+        "You: q",
+        *LEFT,
+    ]
+
+
+def test_password_is_never_sent_on_a_new_connection(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    """There it would be taken for a name, and shown to all."""
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+    caller.say("? Its password?")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
+    caller.close()
+
+    alex.type(f"{PASSWORD}{ENTER}")
+
+    alex.wait_for("Connection lost:")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    alex.type(f"1{ENTER}Sam{ENTER}")
+    assert puppet.welcome().name == "Sam"
+
+
+def test_private_message_looks_unlike_one_to_the_room(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+
+    caller.say("Bob (private): psst")
+    caller.say("Bob: (private): no")
+    alex.wait_for("Bob: (private): no")
+
+    assert alex.screen.styles("Bob (private): psst") == {"35"}
+    assert "35" not in alex.screen.styles("Bob: (private): no")
+
+
+def test_own_name_is_bold_in_what_others_say(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+
+    caller.say("Bob: so alex, Alexandra is here")
+    caller.say("Bob (private): is Alex?")
+    alex.wait_for("(private)")
+
+    assert alex.screen.styles("alex") == {"1"}
+    assert alex.screen.styles(", Alexandra is here") == {""}
+    assert alex.screen.styles("is Alex?") == {"35;1", "35"}
+
+
+@pytest.mark.parametrize(
+    ("line", "bells"),
+    [
+        ("Bob (private): psst", 1),
+        ("Bob: you, ALEX?", 1),
+        ("Bob: Alexandra", 0),
+        ("* Alex is a name", 0),
+        ("Bob: hello", 0),
+    ],
+)
+def test_bell_rings_for_private_messages_and_for_the_own_name(
+    puppet: Puppet, start_terminal: StartTerminal, line: str, bells: int
+) -> None:
+    for flags, expected in ([], 0), (["--bell"], bells):
+        alex = start_terminal(puppet.address, [*PROGRAM, *flags])
+        join(puppet, alex).say(line)
+        alex.wait_for(line)
+        assert alex.screen.bells == expected
+
+
+def test_times_stand_before_what_comes_from_the_server(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address, [*PROGRAM, "--times", "--bell"])
+    piped.write("1\nAlex\nHello\nq\n")
+    puppet.welcome().close()
+
+    _, output = piped.end()
+
+    welcome = next(line for line in output if "Welcome" in line)
+    assert re.fullmatch(r"[0-2]\d:[0-5]\d \* Welcome, Alex!", welcome)
+    assert {*START, *NAMED, JOINING[-1]} < {*output}
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ("so sa\t!", "so Samuel!"),
+        ("SA\t\t!", "Sam!"),
+        ("sa\t\t\t!", "Samuel!"),
+        ("/msg \t hi", "/msg Samuel hi"),
+        ("/msg e\t hi", "/msg Eve hi"),
+        ("e\t b\t d\t", "Eve Bob Dan"),
+        (f"sa there{ARROW_LEFT * 6}\t", "Samuel there"),
+        ("you\tx", "you    x"),
+        ("al\tx", "al    x"),
+    ],
+)
+def test_tab_completes_the_names_that_were_seen(
+    puppet: Puppet, start_terminal: StartTerminal, keys: str, text: str
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+    caller.say("* Welcome, Alex! Also online: Bob, Eve.")
+    caller.say("* 3 online: Alex, Bob, Dan")
+    caller.say("* Sam has joined the chat.")
+    caller.say("Samuel: hello you, there")
+    alex.wait_for("Samuel: hello")
+
+    alex.type(f"{keys}{ENTER}")
+
+    assert caller.line() == text
+
+
+# --- starts that fail, and odd surroundings -----------------------------------------
+
+
+@pytest.mark.parametrize("host", ["", "a..b", "x" * 64, "no-such-host.invalid"])
+def test_host_that_cannot_be_is_one_line_that_says_so(host: str) -> None:
+    run = run_program("--host", host)
+
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.count("\n") == 1
+    for part in host or "''", "12345", "--host":
+        assert part in run.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_stream_without_a_descriptor_is_no_reason_for_a_traceback(
+    room: Room, closed: str
+) -> None:
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command(room.address)]
+
+    run = subprocess.run(
+        shell,
+        check=False,
+        input=b"1\nAlex\nq\n",
+        capture_output=True,
+        env=environment(),
+        timeout=HANG_SECONDS,
+    )
+
+    assert run.returncode == 0
+    assert run.stderr == b""
+
+
+@pytest.mark.parametrize("files", [5, 6, 7])
+def test_too_few_descriptors_are_one_line(room: Room, files: int) -> None:
+    shell = f'ulimit -n {files} && exec "$@"'
+    run = subprocess.run(
+        ["sh", "-c", shell, "sh", *command(room.address)],
+        check=False,
+        input="q\n",
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=HANG_SECONDS,
+    )
+
+    assert "Traceback" not in run.stderr
+    assert run.returncode == 0 or run.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_python_imports_is_silent(tmp_path: Path) -> None:
+    for name in "client.py", "console.py", "protocol.py":
+        (tmp_path / name).write_text((PROJECT / name).read_text())
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "argparse.py").write_text(interrupt)
+
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "client.py")], check=False, capture_output=True
+    )
+
+    assert (run.returncode, run.stderr) == (-signal.SIGINT, b"")
+
+
+def test_old_python_is_one_line_that_says_what_is_needed() -> None:
+    old = "import runpy, sys; sys.hexversion = 0x030A0000; "
+    run_it = f"runpy.run_path({PROGRAM[0]!r}, run_name='__main__')"
+
+    run = subprocess.run(
+        [sys.executable, "-c", old + run_it],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert "3.11" in run.stderr
+
+
+def test_prompt_goes_out_before_the_answer_if_only_the_keyboard_is_a_terminal(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(room.address, shell='"$@" | cat')
+
+    go_to("chat", alex)
+    alex.type(f"q{ENTER}")
+
+    alex.wait_for("Connection closed.")
+    assert alex.end() == 0
+    assert ESCAPE not in alex.output
