@@ -541,7 +541,7 @@ def test_shell_is_given_nothing_of_a_paste_with_a_q_in_it(chat: Chat) -> None:
     ]
 
     alex.paste("".join(f"{line}\n" for line in lines), brackets=True)
-    alex.wait_for("[y/N]")
+    alex.wait_for("Send 300 lines?")
     alex.enter("y")
     said = bob.lines(300)
     alex.paste("q\n" + "touch given\n" * 299)
