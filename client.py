@@ -159,8 +159,6 @@ class ChatClient:
 
     def _open(self, seconds: float) -> None:
         """Make a new connection; its receiver is still to be started."""
-        if not self._address[0]:
-            raise ValueError("no host")
         self._socket = socket.create_connection(self._address, seconds)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
