@@ -180,7 +180,11 @@ class ChatClient:
         self._awaits_answer = False
 
     def run(self) -> int:
-        """Run the session and return the exit status."""
+        """Run the session and return the exit status.
+
+        Raises SystemExit if a signal ends the program, and whatever bug ended the
+        receiver.  The connection is closed and the receiver has ended in any case.
+        """
         try:
             self._terminal.show("Connected to server.")
             self._start_receiver()
@@ -196,8 +200,9 @@ class ChatClient:
             self._hang_up()
 
     def _stay(self) -> str:
-        """Return what to say when the person leaves.
+        """Go through menu, name and chat until the person leaves; return what to say.
 
+        A lost connection leads back to the menu, where 1 makes a new one.
         Raises ConnectionLost if nobody is there to try again, and ServerFull.
         """
         while True:
@@ -234,7 +239,10 @@ class ChatClient:
     # --- joining --------------------------------------------------------------------
 
     def _join(self) -> bool:
-        """Ask for a name until the server takes one; False if the person leaves."""
+        """Ask for a name until the server takes one; False if the person leaves.
+
+        Raises ServerFull, or ConnectionLost.
+        """
         if not self._terminal.person:
             self._status = 1  # until it is in
         self._check_connection()
@@ -264,7 +272,10 @@ class ChatClient:
         return None
 
     def _send_name(self, name: str) -> ServerLine | None:
-        """Return the server's answer to a name; None if the person leaves."""
+        """Return the server's answer to a name; None if the person leaves.
+
+        A connection that ended while the person thought about it is made again.
+        """
         self._check_connection()
         try:
             return self._exchange(name)
@@ -306,7 +317,11 @@ class ChatClient:
         self._start_receiver()
 
     def _has_heard_all(self) -> bool:
-        """Tell whether the receiver has taken all that has arrived."""
+        """Tell whether the receiver has taken all that has arrived.
+
+        The order counts: the receiver is not idle before it reads, so what has left the
+        socket in between is either taken already or makes it busy.
+        """
         if self._end:
             return True
         arrived = select.select([self._socket], [], [], 0)[0]
@@ -397,6 +412,7 @@ class ChatClient:
         return self._terminal.wait(fact, LEAVE_SECONDS)
 
     def _leave(self, leaving: str) -> None:
+        """Say goodbye, and see to it that what was sent arrives."""
         self._terminal.leaving = True
         self._terminal.show(leaving)
         if self._joined:
@@ -467,6 +483,7 @@ class ChatClient:
         self._terminal.nudge()
 
     def _receive(self, client_socket: socket.socket) -> bytes:
+        """Wait for bytes and return them; b"" at EOF."""
         self._idle = True
         if not self._joined:
             self._terminal.nudge()  # _check_connection() may wait for it

@@ -87,10 +87,16 @@ class Terminal:
 
     A subclass says how what is typed is cut into keys or lines (_cut), how a prompt is
     answered (ask), and how lines are shown while one is typed (_show_text).
+
+    Threads: all but show() and nudge() is the main thread's.  From the first to the last
+    line of a `with` the terminal is ours, and afterwards it is as it was before,
+    whatever happened in between.
     """
 
-    _kept_off = 0  # local modes, all the time
-    _idle_reads = 0  # in a row, that are empty and no end of input
+    _kept_off = 0  # the local modes that are off while the terminal is ours
+    # How many empty reads in a row are no end of input.  A read that never waits is
+    # empty as well when Ctrl-C or Ctrl-Z has emptied the system's buffer before it.
+    _idle_reads = 0
 
     def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
         """keyboard, screen: file descriptors; options: the flags of the program."""
@@ -104,11 +110,12 @@ class Terminal:
         self._mention = re.compile("(?!)")  # our own name, once it is known
         self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
         self._input_ended, self._empty_reads = False, 0
-        self._reading = False
+        self._reading = False  # the main thread is in os.read(), and may be stuck there
         # For whoever wants the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
-        self._ending = self._told = 0  # the signal that ends the program
+        # The signal that ends the program, and what of it has been raised.
+        self._ending = self._told = 0
         found = termios.tcgetattr(keyboard) if termios and self.person else None
         self._modes: list[Any] | None = found
 
@@ -162,6 +169,8 @@ class Terminal:
         """
         deadline = math.inf
         while not fact():
+            # What was typed ahead counts as well: who pressed q while the server hangs
+            # wants to leave, though nobody has come to that line yet.
             if deadline == math.inf and self._wants_to_leave():
                 deadline = time.monotonic() + patience
             seconds = deadline - time.monotonic()
@@ -172,6 +181,7 @@ class Terminal:
         return True
 
     def _wants_to_leave(self) -> bool:
+        """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
         if self.leaving or self._input_ended and not self._ahead:
             return True
         # What is in a pipe is delivered, however long that takes.
@@ -205,7 +215,12 @@ class Terminal:
         return bool(ready)
 
     def _read_keyboard(self) -> None:
-        # select() may have promised too much: Ctrl-C empties the system's buffer.
+        """Read once, and note what is complete.
+
+        select() may have promised too much: a signal key empties the system's buffer.
+        A line editor does not wait then (see _set_modes); elsewhere only an exception
+        gets the main thread out of the read, so _on_end() raises it at once.
+        """
         self._reading = True
         try:
             self._heed_signals()
@@ -237,7 +252,8 @@ class Terminal:
             self._heed_signals()
 
     def _heed_signals(self) -> None:
-        if self._ending != self._told:
+        """Do what the signals ask for that have come since.  May raise, see _watch()."""
+        if self._ending != self._told:  # once: the leaving waits here, too
             self._told = self._ending
             if self._ending == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -252,7 +268,8 @@ class Terminal:
         """Throw away what was typed ahead, lest the menu or the shell take it.
 
         A terminal goes on sending the rest of a long paste after the system's buffer
-        has been emptied, so this waits until nothing comes any more.
+        has been emptied, so this waits until nothing comes any more: a short silence, or
+        the end of a paste.  Without echo, as nobody is to read it.
         """
         if not self._modes:
             return
@@ -313,11 +330,13 @@ class Terminal:
         return f"{bell}{now}{self._style(line)}"
 
     def _style(self, line: ServerLine) -> str:
+        """Return a line as it came over the wire."""
         private = " (private)" if line.private else ""
         head = f"{line.mark} " if line.mark else f"{line.name}{private}: "
         return head + line.text if line.mark or line.name else line.text
 
     def _write(self, text: str) -> None:
+        """Write to the screen, all of it.  Caller holds _lock."""
         # Past sys.stdout, whose flush at exit would wait for a pipe that is full.
         data = memoryview(text.encode(sys.stdout.encoding, "replace"))
         try:
@@ -366,6 +385,7 @@ class PlainTerminal(Terminal):
         return text if line else None
 
     def _begin(self, prompt: str, until: Fact, hidden: bool) -> None:
+        """Show the prompt where somebody is to see it, and turn the echo off."""
         with self._lock:
             self._prompt, self._until = prompt, until
             if self.person:
@@ -375,6 +395,7 @@ class PlainTerminal(Terminal):
             self._set_modes(termios.ECHO, flush=True)
 
     def _finish(self, *, echoed: bool) -> None:
+        """Go to the next row if Enter, echoed by the system, has not done so."""
         with self._lock:
             self._prompt, self._until = None, _never
             if self.person and not echoed:
@@ -395,7 +416,8 @@ class PlainTerminal(Terminal):
         return self._ahead.popleft()
 
     def _cut(self, chunk: bytes) -> list[str]:
-        chunk = chunk or b"\n".removeprefix(self._last)  # a last line counts
+        # At the end of input the newline of the last line is made up: it counts.
+        chunk = chunk or b"\n".removeprefix(self._last)
         self._last = chunk[-1:]
         lines = self._splitter.feed(chunk)
         return [
@@ -404,6 +426,7 @@ class PlainTerminal(Terminal):
 
     def forget_typed(self) -> None:
         super().forget_typed()
+        # The beginning of a line is forgotten as well.
         self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
 
     def nudge(self) -> None:
@@ -509,7 +532,10 @@ _BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 
 class KeyReader:
-    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key."""
+    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key.
+
+    Both may be cut anywhere between two reads, also inside a bracket or a character.
+    """
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
@@ -609,7 +635,12 @@ class LineEditor(Terminal):
 
     The screen is changed in one write at a time: from the first row of the line down
     everything is cleared, what others wrote comes there, and prompt and line again
-    below it.
+    below it.  So the screen is right after each write, whoever's turn it is, and a
+    change of the window's size is one more reason to draw, and no case of its own.
+
+    Lines go this way: _next_key() reads, _edit() changes the line for one key,
+    _edit_line() does so until the line is done, _read_line() is one prompt from its
+    first drawing to its last, and ask() hands out what was typed or pasted.
     """
 
     _kept_off = _EDITED
@@ -645,10 +676,14 @@ class LineEditor(Terminal):
 
     def _restore(self) -> None:
         super()._restore()
+        # A signal handler may be here because the screen takes nothing any more.
         if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
             self._write(_BRACKETS_OFF)
 
     # --- Ctrl-Z and fg --------------------------------------------------------------
+
+    # The handlers only note what has come: between two steps of the main thread, where
+    # they run, the screen may be half drawn, and its lock is taken.
 
     def _on_stop(self, *_: object) -> None:
         self._stop_asked = True
@@ -660,7 +695,7 @@ class LineEditor(Terminal):
         super()._heed_signals()
         if self._stop_asked:
             self._stop()
-        if self._continued:
+        if self._continued:  # by fg, or after a kill -STOP that nobody asks about
             self._continued = False
             self._set_modes(_EDITED)
             with self._lock:
@@ -690,6 +725,7 @@ class LineEditor(Terminal):
         draft: Draft = _EMPTY,
     ) -> str | None:
         self._hidden = hidden
+        # Pasted lines are answers like typed ones, one for each prompt that follows.
         while not self._pasted:
             answer = self._read_line(prompt, until, draft, single=hidden)
             if not self._block:
@@ -700,7 +736,7 @@ class LineEditor(Terminal):
                 self._pasted.extend(block)
         if self._pasted:
             answer = Pasted(self._pasted.popleft())
-            self.show(prompt + answer)
+            self.show(prompt if hidden else prompt + answer)
         if answer and until is not _never and not hidden:
             self._history.add(answer)
         return answer
@@ -719,7 +755,11 @@ class LineEditor(Terminal):
     def _read_line(
         self, prompt: str, until: Fact, draft: Draft = _EMPTY, *, single: bool
     ) -> str | None:
-        """Return the line that is typed; None for Ctrl-D, or if lines were pasted."""
+        """Return the line that is typed; None for Ctrl-D, or if lines were pasted.
+
+        The line stays on the screen, also if a signal ends the program.  It goes if it
+        is not sent like this: its pasted lines come below, or another prompt does.
+        """
         with self._lock:
             self._prompt, self._single = prompt, single
             self._text, self._place = draft.text, len(draft.text) - draft.behind
@@ -748,14 +788,14 @@ class LineEditor(Terminal):
                 break
             with self._lock:
                 self._edit(key)
-                if not self._ahead:
+                if not self._ahead:  # of many keys at once only the last one is drawn
                     self._draw()
         return None
 
     def _next_key(self, until: Fact) -> str:
         """Return the next key; "" at the end of input.  Raises Woken."""
         while not self._ahead:
-            if until():
+            if until():  # what was typed before is in the line by now
                 behind = len(self._text) - self._place
                 raise Woken(None if self._hidden else Draft(self._text, behind))
             if self._input_ended:
@@ -791,7 +831,11 @@ class LineEditor(Terminal):
             self._insert(key)
 
     def _insert(self, text: str, instead_of: int = 0) -> None:
-        """Insert a text in place of so many characters before the cursor."""
+        """Insert a text in place of so many characters before the cursor.
+
+        What would make the line too long is left out: a key that somebody leans on, or
+        a file that was piped into the terminal, fills no memory.
+        """
         before = self._text[: self._place - instead_of]
         after = self._text[self._place :]
         text = text[: max(0, MAX_TYPED_CHARS - len(self._text))]
@@ -817,6 +861,7 @@ class LineEditor(Terminal):
 
     def _complete(self) -> None:
         """Complete a name that was seen; once more: the next one that fits."""
+        # Once more, the name that was put in is the stem, and is replaced.
         stem = self._text[: self._place].rpartition(" ")[2]
         if self._fitting is None:
             names = self._names.beginning_with(stem)
@@ -829,6 +874,9 @@ class LineEditor(Terminal):
         self._insert(next(self._fitting), instead_of=len(stem))
 
     # --- the keyboard ---------------------------------------------------------------
+
+    # A paste whose end got lost, in a connection or in a program that died, would take
+    # all that is typed from then on; so it ends with a silence.
 
     def _cut(self, chunk: bytes) -> list[str]:
         self._last_key_at = time.monotonic()
@@ -854,6 +902,7 @@ class LineEditor(Terminal):
     # --- the screen -----------------------------------------------------------------
 
     def _style(self, line: ServerLine) -> str:
+        """Return a line in its colours; the person's own name is bold in it."""
         text = super()._style(line)
         if not self._colours or not (line.mark or line.name):
             return text

@@ -2145,6 +2145,21 @@ def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(
     ]
 
 
+def test_pasted_password_is_not_shown(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+
+    alex.type(paste("/register", PASSWORD, "Hello", ""))
+    assert caller.line() == "/register"
+    caller.say("? The new password?")
+
+    assert caller.lines(2) == [PASSWORD, "Hello"]
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["You: Hello", "You:"])
+    assert PASSWORD not in alex.output
+
+
 def test_password_is_never_sent_on_a_new_connection(
     puppet: Puppet, start_terminal: StartTerminal
 ) -> None:
