@@ -917,7 +917,8 @@ class LineEditor(Terminal):
 
     def _paint(self, line: ServerLine | str) -> str:
         if isinstance(line, ServerLine):
-            self._names.see(line)
+            with self._lock:  # Tab may be looking for one
+                self._names.see(line)
         return super()._paint(line)
 
     def _show_text(self, text: str) -> None:

@@ -786,6 +786,8 @@ def test_help_explains_every_flag_with_its_default() -> None:
         "--port",
         "1 to 65535",
         "default: 12345",
+        "--times",
+        "--bell",
     ):
         assert part in explained
 
@@ -1892,7 +1894,7 @@ def test_huge_pasted_line_takes_little_at_each_key(chat: Chat) -> None:
         alex.type(key)
         alex.wait_until(lambda before=seen: len(alex.output) > before)
 
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 1.0
     assert len(alex.output) - written < 10_000
 
 
