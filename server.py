@@ -496,7 +496,7 @@ class ChatServer:
         more = len(self.clients) - MAX_NAMES_LISTED
         others = f"{names} and {more} more" if more > 0 else names
         online = others or "nobody yet"
-        return f"Welcome, {name}! Also online: {online}. /help lists the commands."
+        return f"Welcome, {name}! /help lists the commands. Also online: {online}."
 
     def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
         """Broadcast what a member says, and obey its commands, until it leaves."""
