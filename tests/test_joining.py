@@ -19,6 +19,7 @@ from helpers import (
     assert_next,
     joined,
     left,
+    wait_until,
 )
 
 import server
@@ -198,6 +199,8 @@ def test_who_has_not_joined_in_time_is_closed_though_it_keeps_sending(
 ) -> None:
     monkeypatch.setattr(server, "JOIN_SECONDS", 0.2)
     room = start_room(lines_per_second=rate)
+    room.members("Alex")
+    threads = threading.active_count()
     began = time.monotonic()
     carol = room.connect()
     stop = threading.Event()
@@ -218,6 +221,8 @@ def test_who_has_not_joined_in_time_is_closed_though_it_keeps_sending(
 
     assert reason.startswith("! ")
     assert time.monotonic() - began < 2
+    wait_until(lambda: threading.active_count() == threads)
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize(
