@@ -225,7 +225,7 @@ name-checked-outside-lock: test_one_of_fifty_claims_of_a_name_at_one_moment_wins
 newcomer-hears-the-past: test_everybody_sees_what_follows or test_all_members_see_one_order
 - client.place = start
 + client.place = self._end - len(self._stream)
-newcomer-misses-what-came-with-it: test_all_members_see_one_order or test_visitors or test_everybody_sees
+newcomer-misses-what-came-with-it: test_all_members_see_one_order
 - self._give_turns(members[first : first + group])
 + [setattr(m, "place", self._end) for m in self._members if not m.spots]
 author-hears-itself: test_a_message_goes_to_every_member_but_its_sender
@@ -267,25 +267,24 @@ neighbouring-spots-lost: test_a_slow_reader_that_speaks or test_refusals or test
 slow-reader-not-watched: test_a_slow_reader_that_speaks or test_messages_that_a_socket
 - self._writable.register(member.socket, selectors.EVENT_WRITE, member)
 + self._writable.register(member.socket, selectors.EVENT_READ, member)
-slow-reader-watched-for-ever: test_messages_that_a_socket_takes_in_pieces or test_an_idle_server_uses_no_cpu or test_once_read
+slow-reader-watched-for-ever: test_a_slow_reader_that_has_caught_up_costs_no_cpu
 -             if self._slow.pop(member, member) is None:
 -                 self._writable.unregister(member.socket)
 +             pass
-second-look-not-passed-on: test_all_members_see_one_order or test_everybody_sees or test_every_second_look
+second-look-not-passed-on: test_all_members_see_one_order
 - self._pass_again = self._take_in()
 + self._take_in()
-stream-not-forgotten: test_what_waits_costs_little_more_than_its_bytes or test_a_busy_room
+stream-not-forgotten: test_what_all_have_read_costs_no_memory
 - del self._stream[: place - self._end + len(self._stream)]
 + pass
 stream-forgotten-too-early: test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once
 - del self._stream[: place - self._end + len(self._stream)]
 + del self._stream[: self._passed - self._end + len(self._stream)]
 unsent-copied: test_a_thousand_stalled_members_share_what_waits_for_them
-- if member.place != self._end or member.spots or member in self._slow:
-+ if member in self._slow:
-+                 # A part of each is enough to notice, and spares the machine gigabytes.
-+                 member.__dict__.setdefault("copies", []).append(bytes(100))
-+             if member.place != self._end or member.spots or member in self._slow:
+-             start = self._end
++             start = self._end
++             for member in self._slow:  # a part of each is enough to notice
++                 member.__dict__.setdefault("copies", []).append(to_others[:100] + b".")
 unsent-unlimited: test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it
 - if unsent > MAX_UNSENT_BYTES:
 + if False:
