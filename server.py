@@ -27,8 +27,6 @@ if __name__ == "__main__":
 import argparse
 import errno
 import hashlib
-import hmac
-import ipaddress
 import os
 import secrets
 import select
@@ -42,9 +40,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import protocol
@@ -93,6 +92,7 @@ LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
 LINGER_SECONDS = 1.0  # for the last lines to a client that leaves
+LOOK_SECONDS = 0.02  # between two looks at the connections that linger
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
@@ -119,6 +119,9 @@ GONE_AGAIN = {
 }  # fmt: skip
 
 FOREVER = float("inf")
+# Where there is only select(), on Windows, it takes no more than 512 sockets.
+ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
+MAX_WATCHED = 500 if ONLY_SELECT else sys.maxsize
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 
 
@@ -171,6 +174,10 @@ class _Entry(NamedTuple):
     joins: bool = False  # from here on it gets the stream
     leaves: bool = False  # and from here on no more
 
+    def size(self) -> int:
+        """Return how many bytes of memory it takes."""
+        return ENTRY_BYTES + len(self.to_others) + len(self.to_self)
+
 
 class ChatServer:
     """The room: who is in, and the threads that serve them.
@@ -182,16 +189,11 @@ class ChatServer:
     """
 
     def __init__(
-        self,
-        host: str = protocol.DEFAULT_HOST,
-        port: int = protocol.DEFAULT_PORT,
-        *,
-        max_clients: int = MAX_CLIENTS,
-        lines_per_second: int = LINES_PER_SECOND,
-        tell_messages: bool = True,
-        tell: Callable[[str], None] = lambda lines: None,
+        self, host: str = protocol.DEFAULT_HOST, port: int = protocol.DEFAULT_PORT, *,
+        max_clients: int = MAX_CLIENTS, lines_per_second: int = LINES_PER_SECOND,
+        tell: Callable[[str], None] = lambda lines: None, tell_messages: bool = True,
         database: Database | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._max_clients = max_clients
         self._lines_per_second = lines_per_second
         self._tell_messages = tell_messages
@@ -204,17 +206,15 @@ class ChatServer:
         self._listener = _listen(host, port)
         host, port = self._listener.getsockname()[:2]
         self.address = _format_address((host, port))
-        self.is_local = ipaddress.ip_address(host).is_loopback
+        self.is_local = host == "::1" or host.startswith("127.")
         self._accept_at = FOREVER  # when to try again, after something has run out
         self._exhausted = False  # it has, and the terminal was told
-        # Connections that we have ended, until the peer ends them too: socket → the
-        # time at which we wait no longer, the earliest first.
-        self._lingering: dict[socket.socket, float] = {}
-        self._arrivals = _Selector()  # the listener and the lingering; stop() wakes it
-        self._arrivals.register(self._listener, selectors.EVENT_READ, self._accept_one)
+        self._arrivals = _Selector()  # watches the listener; stop() wakes it
+        self._arrivals.register(self._listener, selectors.EVENT_READ)
         self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
-        # Through this, handlers hand ended connections over to the main thread.
-        self._ended: deque[socket.socket] = deque()
+        # Connections that we have ended, until the peer ends them too: socket → the
+        # time at which we wait no longer.  Handlers add, only the main thread removes.
+        self._lingering: dict[socket.socket, float] = {}
 
         # Guards the names below, and the outbox, which change together.  Held for table
         # operations only: never while sending, receiving or joining a thread.
@@ -224,7 +224,7 @@ class ChatServer:
         self._unjoined: dict[_Client, None] = {}  # in order of arrival
         self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
         self._outbox = _Outbox(self._lock, tell)
-        self._broadcaster = _Broadcaster(self._outbox, self.stop)
+        self._broadcaster = _Broadcaster(self._outbox, self._release_all)
 
     def serve(self) -> None:
         """Run the chat until stop() is called, or the broadcaster ends with a bug."""
@@ -253,34 +253,34 @@ class ChatServer:
             self._attend(FOREVER)
 
     def _attend(self, seconds: float) -> None:
-        """Wait, so long at most, for something to happen to a connection; see to it."""
-        seconds = min(seconds, self._meet_deadlines())
-        for key in self._arrivals.wait(seconds):
-            key.data(key.fileobj)
+        """Wait, so long at most, for a connection to come or to end; see to it."""
+        if self._arrivals.wait(min(seconds, self._meet_deadlines())):
+            self._accept_one()
 
     def _meet_deadlines(self) -> float:
-        """Do what is due; return the seconds until more will be."""
+        """Do what is due; return the seconds until more may be."""
         now = time.monotonic()
         if now >= self._accept_at:
             self._accept_at = FOREVER
-            events = selectors.EVENT_READ
-            self._arrivals.register(self._listener, events, self._accept_one)
-        while self._ended:
-            self._linger(self._ended.popleft(), now + LINGER_SECONDS)
-        while (close_at := next(iter(self._lingering.values()), FOREVER)) <= now:
-            self._close(next(iter(self._lingering)))
+            self._arrivals.register(self._listener, selectors.EVENT_READ)
+        for client_socket, close_at in self._lingering.copy().items():
+            if now >= close_at or _has_ended(client_socket):
+                del self._lingering[client_socket]
+                client_socket.close()
         with self._lock:
-            while (
-                client := next(iter(self._unjoined), None)
-            ) and client.join_by <= now:
+            while client := next(iter(self._unjoined), None):
+                if client.join_by > now:
+                    break
                 reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
                 self._drop_unjoined(client, "it has not joined in time", reason)
-        join_by = client.join_by if client else FOREVER
-        return min(self._accept_at, close_at, join_by) - now
+        look_at = now + LOOK_SECONDS if self._lingering else FOREVER
+        return (
+            min(self._accept_at, look_at, client.join_by if client else FOREVER) - now
+        )
 
-    def _accept_one(self, listener: socket.socket) -> None:
+    def _accept_one(self) -> None:
         try:
-            client_socket, address = listener.accept()
+            client_socket, address = self._listener.accept()
         except OSError as error:
             if error.errno in EXHAUSTED:
                 self._accept_later(error)
@@ -337,7 +337,7 @@ class ChatServer:
         """Tell a newcomer that there is no room; it gets no thread."""
         self._tell(f"Refused {client}: the chat is full")
         _send_at_once(client, protocol.refusal(f"{protocol.FULL}, {advice}."))
-        self._ended.append(client.socket)
+        self._linger(client.socket)
 
     def _accept_later(self, error: Exception) -> None:
         """Pause accepting: the listener stays readable, and the loop would spin."""
@@ -347,7 +347,7 @@ class ChatServer:
         self._accept_at = time.monotonic() + ACCEPT_PAUSE_SECONDS
         self._arrivals.unregister(self._listener)
 
-    def _linger(self, client_socket: socket.socket, close_at: float) -> None:
+    def _linger(self, client_socket: socket.socket) -> None:
         """End our side of a connection, and give the peer a moment to end its own.
 
         A close with input unread would reset the connection, and could cost the peer
@@ -355,23 +355,8 @@ class ChatServer:
         """
         _shut(client_socket, socket.SHUT_WR)
         client_socket.setblocking(False)
-        self._lingering[client_socket] = close_at
-        self._arrivals.register(client_socket, selectors.EVENT_READ, self._drain)
-
-    def _drain(self, client_socket: socket.socket) -> None:
-        try:
-            ended = not client_socket.recv(TURN_BYTES)
-        except BlockingIOError:
-            ended = False
-        except OSError:
-            ended = True
-        if ended:
-            self._close(client_socket)
-
-    def _close(self, client_socket: socket.socket) -> None:
-        del self._lingering[client_socket]
-        self._arrivals.unregister(client_socket)
-        client_socket.close()
+        self._lingering[client_socket] = time.monotonic() + LINGER_SECONDS
+        self._arrivals.wake()
 
     # --- one client: its handler ----------------------------------------------------
 
@@ -406,10 +391,9 @@ class ChatServer:
             _send_at_once(client, client.farewell)
         if not client.name:
             self._tell(f"Closed connection from {client}")
+        self._linger(client.socket)
         with self._lock:
             del self._connections[client.socket]
-        self._ended.append(client.socket)
-        self._arrivals.wake()
 
     def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
         """Yield the lines of a client as they come, no more of them than it may send.
@@ -446,17 +430,16 @@ class ChatServer:
             try:
                 if text := protocol.decode_message(line):
                     name = protocol.check_name(text)
-                    return self._is_owner(client, name, lines) and self._join(
-                        client, name
-                    )
+                    owner = self._is_owner(client, name, lines)
+                    return owner and self._join(client, name)
             except ProtocolError as error:
                 tried += 1
-                most = MAX_NAMES_TRIED
-                last = f" ({most} of {most} tries on this connection)"
-                reason = f"{error}{last if tried == most else ''}"
+                reason = str(error)
+                if tried == MAX_NAMES_TRIED:
+                    reason += f" ({tried} of {tried} tries on this connection)"
                 self._tell(f"Refused {client}: {reason}")
                 _send_at_once(client, protocol.refusal(reason))
-                if tried == most:
+                if tried == MAX_NAMES_TRIED:
                     return False
         return False
 
@@ -468,15 +451,17 @@ class ChatServer:
         Raises ProtocolError for another password.
         """
         key = protocol.name_key(name)
-        account = self._database and self._database.accounts.get(key)
-        if not account or not self._database or key in self._owners:
+        database = self._database
+        if not database or key not in database.accounts or key in self._owners:
             return True  # or _join() says that it is taken
         question = f"The name {name} is kept for its owner. What is the password?"
         _send_at_once(client, protocol.question(question))
         (line,) = next(lines, [b"q"])
         if line in protocol.QUIT_LINES:
             return False
-        if not self._database.is_password(account, line):
+        # The password as it is now, not as it was when this was asked.
+        account = database.accounts.get(key)
+        if account and not database.is_password(account, line):
             raise ProtocolError(f"That is not the password of {name}.")
         return True
 
@@ -521,9 +506,8 @@ class ChatServer:
                 if line in protocol.QUIT_LINES:
                     self._say(client, said)
                     if self._tell_messages:
-                        self._tell(
-                            f"Received message from {client.name}: {line.decode()}"
-                        )
+                        q = line.decode()
+                        self._tell(f"Received message from {client.name}: {q}")
                     return
                 answer, client.answer = client.answer, None
                 try:
@@ -539,7 +523,7 @@ class ChatServer:
                         said.append(text)
                 except ProtocolError as error:
                     self._tell(f"Refused a line from {client}: {error}")
-                    self._submit(client, b"", protocol.refusal(error))
+                    self._submit(_Entry(client, b"", protocol.refusal(error)))
             self._say(client, said)
             if self._outbox.closed.is_set():
                 return
@@ -561,28 +545,22 @@ class ChatServer:
         lines = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
         told = "\n".join([f"Received message from {line}" for line in lines])
         texts = [line.removeprefix(f"{sender.name}: ") for line in lines]
-        self._submit(
-            sender, message, told=told if self._tell_messages else "", said=texts
-        )
+        told = told if self._tell_messages else ""
+        self._submit(_Entry(sender, message), told, texts)
 
-    def _submit(
-        self,
-        client: _Client,
-        to_others: bytes,
-        to_self: bytes = b"",
-        told: str = "",
-        said: Sequence[str] = (),
-    ) -> bool:
+    def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
 
-        told: what is for the terminal; said: what is for the database.  Returns False
-        if the client has left.
+        told, said: what is for the terminal and for the database, which so keep the
+        order of the room.  Returns False if the entry's client has left.
         """
+        client = entry.client
+        assert client
         with self._lock:
-            has_room = self._outbox.wait_for_room(len(to_others) + len(to_self))
+            has_room = self._outbox.wait_for_room(entry)
             here = not client.released
             if has_room and here:
-                self._outbox.append(_Entry(client, to_others, to_self), told)
+                self._outbox.append(entry, told)
                 if said and self._database:
                     self._database.remember(client.name, said)
         self._broadcaster.wake()
@@ -593,24 +571,20 @@ class ChatServer:
     def _obey(self, client: _Client, command: str, rest: str) -> None:
         """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
         if command not in self._commands:
-            raise ProtocolError(
-                "There is no such command: /help lists them (//TEXT says /TEXT)."
-            )
-        self._commands[command].obey(self, client, rest)
+            raise ProtocolError("No such command: see /help (//TEXT says /TEXT).")
+        obey, _, _ = self._commands[command]
+        obey(self, client, rest)
 
     def _answer(self, client: _Client, *notices: str) -> None:
-        self._submit(client, b"", b"".join(map(protocol.notice, notices)))
+        self._submit(_Entry(client, b"", b"".join(map(protocol.notice, notices))))
 
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
-        first, *others = [
-            ", ".join(names[place : place + MAX_NAMES_LISTED])
-            for place in range(0, len(names), MAX_NAMES_LISTED)
-        ]
-        self._answer(
-            client, f"{len(names)} online: {first}", *(f"… {row}" for row in others)
-        )
+        places = range(0, len(names), MAX_NAMES_LISTED)
+        rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for first in places]
+        others = [f"… {row}" for row in rows[1:]]
+        self._answer(client, f"{len(names)} online: {rows[0]}", *others)
 
     def _msg(self, client: _Client, rest: str) -> None:
         name, _, text = rest.partition(" ")
@@ -621,18 +595,19 @@ class ChatServer:
         told = ""
         if recipient and self._tell_messages:
             told = f"Private message from {client.name} to {recipient.name}"
-        if not recipient or not self._submit(recipient, b"", line, told):
+        if not recipient or not self._submit(_Entry(recipient, b"", line), told):
             raise ProtocolError("Nobody here has that name.")
 
     def _help(self, client: _Client, _: str) -> None:
-        rows = [f"{row.usage}: {row.effect}" for row in self._commands.values()]
+        rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
         self._answer(client, *rows, "q, alone on its line: leaves the chat")
 
     def _history(self, client: _Client, rest: str) -> None:
         assert self._database
-        if rest and not (rest.isdecimal() and len(rest) < 10 and int(rest)):
+        number = rest.strip() or str(HISTORY_MESSAGES)
+        if not number.isdecimal() or len(number) > 9 or not int(number):
             raise ProtocolError("Write it like this: /history 50.")
-        most = min(int(rest or HISTORY_MESSAGES), MAX_HISTORY_MESSAGES)
+        most = min(int(number), MAX_HISTORY_MESSAGES)
         with self._lock:
             messages = self._database.history(most)
         self._answer(client, *(messages or ["Nothing has been said yet."]))
@@ -640,7 +615,7 @@ class ChatServer:
     def _register(self, client: _Client, _: str) -> None:
         client.answer = partial(self._keep_name, client)
         question = f"Which password shall keep the name {client.name} for you?"
-        self._submit(client, b"", protocol.question(question))
+        self._submit(_Entry(client, b"", protocol.question(question)))
 
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
@@ -680,6 +655,14 @@ class ChatServer:
 
     # --- the end --------------------------------------------------------------------
 
+    def _release_all(self) -> None:
+        """Let no handler wait for a send, once there will be none.  Ends the server."""
+        with self._lock:
+            for client in self._connections.values():
+                if client.released:
+                    client.released.set()
+        self.stop()
+
     def _shut_down(self, broadcaster: threading.Thread) -> None:
         """End in order, within SHUTDOWN_SECONDS.
 
@@ -693,10 +676,7 @@ class ChatServer:
         if self._database:
             self._database.closing.set()
         notice = protocol.notice("Server is shutting down.")
-        if self._accept_at == FOREVER:
-            self._arrivals.unregister(self._listener)
-        self._accept_at = FOREVER
-        self._listener.close()
+        self._close_listener()
         with self._lock:
             for client in self._unjoined:
                 client.farewell = notice
@@ -717,37 +697,33 @@ class ChatServer:
             for client in clients:
                 if client.thread:
                     client.thread.join()
-            for client_socket in (*self._lingering, *self._ended):
+            for client_socket in self._lingering:
                 client_socket.close()
             self._arrivals.close()
 
+    def _close_listener(self) -> None:
+        if self._accept_at == FOREVER:
+            self._arrivals.unregister(self._listener)
+        self._accept_at = FOREVER
+        self._listener.close()
+
     def _await_hang_ups(self, deadline: float) -> None:
-        while self._connections or self._ended or self._lingering:
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
+        while self._connections or self._lingering:
+            if (seconds := deadline - time.monotonic()) <= 0:
                 break
             self._attend(seconds)
 
 
-class _Command(NamedTuple):
-    """What a member can ask for; usage and effect are what /help says of it."""
-
-    obey: Callable[[ChatServer, _Client, str], None]
-    usage: str
-    effect: str
-
-
+# Command → what obeys it, and what /help says of it: usage and effect.
 _COMMANDS = {
-    "/who": _Command(ChatServer._who, "/who", "lists all that are online"),
-    "/msg": _Command(ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
-    "/help": _Command(ChatServer._help, "/help", "lists the commands"),
+    "/who": (ChatServer._who, "/who", "lists all that are online"),
+    "/msg": (ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
+    "/help": (ChatServer._help, "/help", "lists the commands"),
 }
 _DATABASE_COMMANDS = {
-    "/history": _Command(
-        ChatServer._history, "/history [N]", "shows the last N messages"
-    ),
-    "/register": _Command(ChatServer._register, "/register", "keeps your name for you"),
-    "/unregister": _Command(ChatServer._unregister, "/unregister", "gives that up"),
+    "/history": (ChatServer._history, "/history [N]", "shows the last N messages"),
+    "/register": (ChatServer._register, "/register", "keeps your name for you"),
+    "/unregister": (ChatServer._unregister, "/unregister", "gives your name up"),
 }
 
 
@@ -769,12 +745,13 @@ class _Outbox:
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def wait_for_room(self, size: int) -> bool:
-        """Wait until so many bytes may be appended; False once the outbox is closed.
+    def wait_for_room(self, entry: _Entry) -> bool:
+        """Wait until an entry may be appended; False once the outbox is closed.
 
-        A client that says much at once may fill only half of it: the other half keeps
-        the way free for all that just say something.
+        One that says much may fill only half of the outbox: the other half keeps the
+        way free for all that just say something.
         """
+        size = entry.size()
         limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
         while self._entries and self._bytes + size > limit and not self.closed.is_set():
             self._has_room.wait()
@@ -788,7 +765,7 @@ class _Outbox:
         if told:
             self._tell(told)
         self._entries.append(entry)
-        self._bytes += ENTRY_BYTES + len(entry.to_others) + len(entry.to_self)
+        self._bytes += entry.size()
 
     def take(self) -> list[_Entry]:
         """Return all entries and have room again; for the broadcaster."""
@@ -811,10 +788,10 @@ class _Broadcaster:
     the members' places.
     """
 
-    def __init__(self, outbox: _Outbox, stop: Callable[[], None]) -> None:
-        """stop: ends the server; called when there is nobody left who sends."""
+    def __init__(self, outbox: _Outbox, on_end: Callable[[], None]) -> None:
+        """on_end: called when the last send is done, or a bug rules it out."""
         self._outbox = outbox
-        self._stop = stop
+        self._on_end = on_end
         # What some member has still to be sent, addressed by its offset since the start
         # of the server; the offset behind its last byte.
         self._stream = bytearray()
@@ -899,11 +876,9 @@ class _Broadcaster:
         return bool(entries)
 
     def _add_spot(self, member: _Client, start: int, end: int, face: bytes) -> None:
-        last_start, last_end, last_face = (
-            member.spots[-1] if member.spots else (0, 0, b"")
-        )
-        if last_end == start and not face:  # its own lines one after the other
-            member.spots[-1] = last_start, end, last_face
+        if member.spots and member.spots[-1][1] == start and not face:
+            first, _, seen = member.spots[-1]
+            member.spots[-1] = first, end, seen  # its own lines one after the other
         else:
             member.spots.append((start, end, face))
             member.spot_bytes += ENTRY_BYTES + len(face)
@@ -985,9 +960,11 @@ class _Broadcaster:
                 self._writable.unregister(member.socket)
         elif member not in self._slow:
             try:
+                if len(self._slow) >= MAX_WATCHED:
+                    raise OSError(errno.EMFILE, "too many others are")
                 self._writable.register(member.socket, selectors.EVENT_WRITE, member)
                 self._slow[member] = None
-            except OSError as error:  # the system watches no more of them
+            except OSError as error:
                 member.dropped = f"too slow, and {error.strerror}"
                 self._drop(member)
 
@@ -1031,15 +1008,11 @@ class _Broadcaster:
         """Close our side of all connections to members; no handler waits any longer."""
         with self._outbox.lock:
             self._outbox.close()
-        leaving = [entry.client for entry in self._outbox.take()]  # only after a bug
-        for client in (*leaving, *self._members):
-            if client and client.released:
-                client.released.set()
         for member in self._members:
             _shut(member.socket, socket.SHUT_WR)
         self._writable.close()
         self.ended.set()
-        self._stop()
+        self._on_end()
 
 
 class _Selector(selectors.DefaultSelector):
@@ -1104,20 +1077,16 @@ def _listen(host: str, port: int) -> socket.socket:
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     ):
         try:
-            # create_server sets SO_REUSEADDR where that is what lets a restarted
-            # server have its port back at once.
+            # It sets SO_REUSEADDR where that is what lets a restarted server have its
+            # port back at once.
             listener = socket.create_server(
                 address, family=family, backlog=LISTEN_BACKLOG
             )
-        except OSError as error:
-            # Its own text: create_server() adds the address to it.
-            reason = str(error.strerror).partition(" (while attempting")[0]
-            failure = failure or OSError(error.errno, reason)
-        else:
             listener.setblocking(False)
             return listener
-    assert failure is not None  # getaddrinfo gives at least one address or raises
-    raise failure
+        except OSError as error:
+            failure = failure or error
+    raise failure or OSError(errno.EADDRNOTAVAIL, "no address")
 
 
 def _set_options(client_socket: socket.socket) -> None:
@@ -1178,6 +1147,16 @@ def _shut(client_socket: socket.socket, how: int) -> None:
         client_socket.shutdown(how)
     except OSError:
         pass  # ended already
+
+
+def _has_ended(client_socket: socket.socket) -> bool:
+    """Look, without waiting, whether the peer has ended a connection; pass over input."""
+    try:
+        return not client_socket.recv(TURN_BYTES)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _format_address(address: tuple[str, int]) -> str:
@@ -1294,7 +1273,7 @@ class Terminal:
 # --- the database -------------------------------------------------------------------
 
 
-class DatabaseError(Exception):
+class DatabaseError(OSError):
     """The file cannot be used; str() of it is what is wrong, and what to do."""
 
 
@@ -1331,23 +1310,24 @@ class Database:
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
         """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
-        self._path = os.path.abspath(path)
+        self._path = os.path.realpath(path)
         self._tell = tell
         self._using = threading.Lock()  # guards the connection; held while it is used
         try:
-            self._connection = self._connect(self._path)
             self._check_kind()
+            self._connection = self._connect(self._path)
             self._lock_file = self._connect(f"{self._path}-lock", timeout=0)
-            self._lock_file.execute("BEGIN EXCLUSIVE")  # until this process ends
+            self._take_lock()
             self._connection.executescript(_SCHEMA)
             rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
             last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
             rows = "SELECT key, salt, hash, n, r, p FROM accounts"
             accounts = self._connection.execute(rows).fetchall()
         except (sqlite3.Error, OSError) as error:
-            if "locked" in str(error):
-                raise DatabaseError("another server has it (stop that one)") from None
-            raise DatabaseError(f"{error} (choose another --database)") from None
+            reason = getattr(error, "strerror", None) or error
+            raise DatabaseError(
+                f"cannot use {path!r}: {reason} (choose another --database)"
+            ) from None
         self._file = self._stat()
         # Guarded by the server's lock, as the order of what is said is.
         self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
@@ -1365,16 +1345,30 @@ class Database:
         )
 
     def _check_kind(self) -> None:
-        """Raise sqlite3.Error unless the file is empty or a database of this chat."""
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise sqlite3.Error("a later version of this program made it")
-        if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-            self._connection.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+        """Raise sqlite3.Error unless the file is new or a database of this chat."""
+        if not os.path.exists(self._path) or not os.path.getsize(self._path):
+            return
+        # Immutable: another program's file is not to be touched, not even recovered.
+        file = sqlite3.connect(f"{Path(self._path).as_uri()}?immutable=1", uri=True)
+        with closing(file):
+            (version,) = file.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise sqlite3.Error("a later version of this program made it")
+            try:
+                file.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+            except sqlite3.OperationalError:
+                raise sqlite3.Error("it is a database of another program") from None
 
-    def _stat(self) -> tuple[int, int]:
+    def _take_lock(self) -> None:
+        """Keep other servers from this file until this process ends."""
+        try:
+            self._lock_file.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            raise sqlite3.Error("another server has it open") from None
+
+    def _stat(self) -> tuple[int, int, bool]:
         status = os.stat(self._path)
-        return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino, status.st_size > 0
 
     def close(self, seconds: float) -> None:
         """Write all that was said, for so long at most, and close the file."""
@@ -1382,6 +1376,7 @@ class Database:
         self._recorder.close(seconds)
         if self._using.acquire(timeout=seconds):
             self._connection.close()
+        self._lock_file.close()
 
     # --- what is said ---------------------------------------------------------------
 
@@ -1438,7 +1433,7 @@ class Database:
         """Make a transaction.  Raises OSError or sqlite3.Error."""
         with self._using, self._connection as connection:
             if self._stat() != self._file:
-                raise OSError("the file is another one")
+                raise OSError("the file has been replaced or emptied")
             connection.execute("BEGIN IMMEDIATE")
             yield connection
 
@@ -1473,7 +1468,7 @@ class Database:
 
     def is_password(self, account: _Account, password: bytes) -> bool:
         """Compare in constant time."""
-        return hmac.compare_digest(account.hash, self._hash(password, account))
+        return secrets.compare_digest(account.hash, self._hash(password, account))
 
     def _hash(self, password: bytes, account: _Account) -> bytes:
         """Return a scrypt hash; raises ProtocolError if the server shuts down first."""
@@ -1572,11 +1567,18 @@ _ADVICE = {
 }
 
 
-def _explain(error: OSError | UnicodeError) -> str:
-    if isinstance(error, UnicodeError):  # it cannot even be looked up
-        return "that is no host name (give --host a name or an address)"
-    advice = _ADVICE.get(error.errno or 0, "try another --host")
-    return f"{error.strerror or error} ({advice})"
+def _explain(error: OSError | UnicodeError, host: str, port: int) -> str:
+    """Return why the server does not start, and what to do about that."""
+    where = f"cannot listen on {protocol.clean(host)!r}, port {port}"
+    match error:
+        case DatabaseError():
+            return str(error)
+        case UnicodeError():  # it cannot even be looked up
+            return f"{where}: that is no host name (give --host a name or an address)"
+        case socket.gaierror():
+            return f"{where}: {error.strerror} (give --host another name or address)"
+    code = error.errno or 0
+    return f"{where}: {os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
 
 
 def main() -> int:
@@ -1587,21 +1589,16 @@ def main() -> int:
     terminal = Terminal(times=options.times)
     database = None
     try:
-        if options.database:
+        if options.database is not None:
             database = Database(options.database, terminal.tell)
         server = ChatServer(
             options.host, options.port, max_clients=options.max_clients,
             lines_per_second=options.rate, tell_messages=not options.quiet,
             tell=terminal.tell, database=database,
         )  # fmt: skip
-    except DatabaseError as error:
-        print(f"server.py: cannot use {options.database!r}: {error}", file=sys.stderr)
-        return 1
     except (OSError, UnicodeError) as error:
-        where = f"{protocol.clean(options.host)!r}, port {options.port}"
-        print(
-            f"server.py: cannot listen on {where}: {_explain(error)}", file=sys.stderr
-        )
+        reason = _explain(error, options.host, options.port)
+        print(f"server.py: {reason}", file=sys.stderr)
         return 1
     bugs = _stop_on_bugs(server)
     _stop_on_signals(server)
