@@ -17,10 +17,10 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     # Before the other imports take their time: Ctrl-C ends them without a traceback.
-    import signal
+    import _signal  # type: ignore[import-not-found]  # signal itself takes its time
     import sys
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit("server.py: needs Python 3.11 or newer (try python3.11 server.py)")
 
@@ -42,7 +42,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -96,7 +96,7 @@ LOOK_SECONDS = 0.02  # between two looks at the connections that linger
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
-LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
+LAST_LINES_SECONDS = 0.2  # for them, after the shutdown
 # They come in bursts, and a batch costs little more than a line.
 GATHER_SECONDS = 0.005
 
@@ -137,7 +137,6 @@ class _Client:
         self.join_by = time.monotonic() + JOIN_SECONDS
         self.answer: Callable[[bytes], None] | None = None  # takes its next line
         self.dropped = ""  # why we end it: its handler reads no more
-        self.farewell = b""  # the last line to a client that has not joined
         self.lost = ""  # why its peer is gone: what that sent before is still read,
         self.read_until = FOREVER  # but no longer than this
         self.released: threading.Event | None = None  # set after the last send to it
@@ -215,6 +214,7 @@ class ChatServer:
         # Connections that we have ended, until the peer ends them too: socket → the
         # time at which we wait no longer.  Handlers add, only the main thread removes.
         self._lingering: dict[socket.socket, float] = {}
+        self._look_at = 0.0  # when to look at them next
 
         # Guards the names below, and the outbox, which change together.  Held for table
         # operations only: never while sending, receiving or joining a thread.
@@ -263,20 +263,23 @@ class ChatServer:
         if now >= self._accept_at:
             self._accept_at = FOREVER
             self._arrivals.register(self._listener, selectors.EVENT_READ)
-        for client_socket, close_at in self._lingering.copy().items():
-            if now >= close_at or _has_ended(client_socket):
-                del self._lingering[client_socket]
-                client_socket.close()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            for client_socket, close_at in self._lingering.copy().items():
+                if now >= close_at or _has_ended(client_socket):
+                    del self._lingering[client_socket]
+                    client_socket.close()
         with self._lock:
-            while client := next(iter(self._unjoined), None):
-                if client.join_by > now:
-                    break
-                reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
-                self._drop_unjoined(client, "it has not joined in time", reason)
-        look_at = now + LOOK_SECONDS if self._lingering else FOREVER
-        return (
-            min(self._accept_at, look_at, client.join_by if client else FOREVER) - now
-        )
+            late = list(takewhile(lambda client: client.join_by <= now, self._unjoined))
+            for client in late:
+                del self._unjoined[client]
+            due = [client.join_by for client in islice(self._unjoined, 1)]
+        for client in late:
+            reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
+            self._dismiss(client, "it has not joined in time", reason)
+        if self._lingering:
+            due.append(self._look_at)
+        return min([self._accept_at, *due]) - now
 
     def _accept_one(self) -> None:
         try:
@@ -311,27 +314,26 @@ class ChatServer:
 
         Returns False if the chat is full of members.
         """
+        oldest = None
         with self._lock:
             if len(self.clients) + len(self._unjoined) >= self._max_clients:
                 oldest = next(iter(self._unjoined), None)
-                if oldest is None:
+                if not oldest:
                     return False
-                why = "it had not joined, and others need the room"
-                reason = "Others need the room, and you have not joined."
-                self._drop_unjoined(oldest, why, reason)
+                del self._unjoined[oldest]
             self._connections[client.socket] = client
             self._unjoined[client] = None
+        if oldest:
+            why = "it had not joined, and others need the room"
+            reason = "Others need the room, and you have not joined."
+            self._dismiss(oldest, why, reason)
         return True
 
-    def _drop_unjoined(self, client: _Client, why: str, reason: str) -> None:
-        """End a client that has not joined; `why` is for the terminal, `reason` for it.
-
-        Caller holds _lock.
-        """
-        del self._unjoined[client]
+    def _dismiss(self, client: _Client, why: str, reason: str) -> None:
+        """End a client that can no longer join; `reason` is for it, `why` for us."""
         client.dropped = why
-        client.farewell = protocol.refusal(reason)
-        _shut(client.socket, socket.SHUT_RD)  # wakes its handler, which says farewell
+        _send_at_once(client, protocol.refusal(reason))
+        _shut(client.socket, socket.SHUT_RD)  # wakes its handler
 
     def _turn_away(self, client: _Client, advice: str) -> None:
         """Tell a newcomer that there is no room; it gets no thread."""
@@ -387,8 +389,6 @@ class ChatServer:
         elif client.lost:
             self._tell(f"Lost connection to {client}: {client.lost}")
         self.remove_client(client.socket)
-        if client.farewell:
-            _send_at_once(client, client.farewell)
         if not client.name:
             self._tell(f"Closed connection from {client}")
         self._linger(client.socket)
@@ -496,7 +496,7 @@ class ChatServer:
         more = len(self.clients) - MAX_NAMES_LISTED
         others = f"{names} and {more} more" if more > 0 else names
         online = others or "nobody yet"
-        return f"Welcome, {name}! Also online: {online}. /help lists the commands."
+        return f"Welcome, {name}! /help lists the commands. Also online: {online}."
 
     def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
         """Broadcast what a member says, and obey its commands, until it leaves."""
@@ -620,7 +620,7 @@ class ChatServer:
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
         self._database.keep(client.name, protocol.check_password(line))
-        self._answer(client, f"The name {client.name} is now kept for you.")
+        self._answer(client, f"The name {client.name} is now kept for you, its owner.")
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
@@ -678,15 +678,15 @@ class ChatServer:
         notice = protocol.notice("Server is shutting down.")
         self._close_listener()
         with self._lock:
-            for client in self._unjoined:
-                client.farewell = notice
-                _shut(client.socket, socket.SHUT_RD)
-            self._unjoined.clear()
+            unjoined, self._unjoined = self._unjoined, {}
             clients = list(self._connections.values())
             self._broadcaster.give_up_at = deadline
             self._outbox.append(_Entry(None, notice))
             self._outbox.close()
         self._broadcaster.wake()
+        for client in unjoined:
+            _send_at_once(client, notice)
+            _shut(client.socket, socket.SHUT_RD)
         broadcaster.join()
         try:
             self._await_hang_ups(min(deadline, time.monotonic() + HANG_UP_SECONDS))
@@ -1346,16 +1346,22 @@ class Database:
 
     def _check_kind(self) -> None:
         """Raise sqlite3.Error unless the file is new or a database of this chat."""
-        if not os.path.exists(self._path) or not os.path.getsize(self._path):
+        try:
+            with open(
+                self._path, "r+b"
+            ) as file:  # before any lock of ours: see fcntl(2)
+                if not file.read(1):
+                    return
+        except FileNotFoundError:
             return
         # Immutable: another program's file is not to be touched, not even recovered.
-        file = sqlite3.connect(f"{Path(self._path).as_uri()}?immutable=1", uri=True)
-        with closing(file):
-            (version,) = file.execute("PRAGMA user_version").fetchone()
+        uri = f"{Path(self._path).as_uri()}?immutable=1"
+        with closing(sqlite3.connect(uri, uri=True)) as database:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
             if version > SCHEMA_VERSION:
                 raise sqlite3.Error("a later version of this program made it")
             try:
-                file.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+                database.execute("SELECT id, at, name, text FROM messages LIMIT 0")
             except sqlite3.OperationalError:
                 raise sqlite3.Error("it is a database of another program") from None
 
@@ -1570,13 +1576,12 @@ _ADVICE = {
 def _explain(error: OSError | UnicodeError, host: str, port: int) -> str:
     """Return why the server does not start, and what to do about that."""
     where = f"cannot listen on {protocol.clean(host)!r}, port {port}"
-    match error:
-        case DatabaseError():
-            return str(error)
-        case UnicodeError():  # it cannot even be looked up
-            return f"{where}: that is no host name (give --host a name or an address)"
-        case socket.gaierror():
-            return f"{where}: {error.strerror} (give --host another name or address)"
+    if isinstance(error, DatabaseError):
+        return str(error)
+    if isinstance(error, UnicodeError):  # it cannot even be looked up
+        return f"{where}: that is no host name (give --host a name or an address)"
+    if isinstance(error, socket.gaierror):
+        return f"{where}: {error.strerror} (give --host another name or address)"
     code = error.errno or 0
     return f"{where}: {os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
 

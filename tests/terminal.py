@@ -15,6 +15,7 @@ import signal
 import subprocess
 import termios
 import time
+import tty
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -39,7 +40,7 @@ class _Row:
 class Screen:
     """What a terminal makes of the bytes that are written to it."""
 
-    _TOKEN = re.compile(r"\x1b\[([0-9;]*)([A-Za-z])|([^\x1b])", re.DOTALL)
+    _TOKEN = re.compile(r"\x1b\[(\??[0-9;]*)([A-Za-z])|([^\x1b])", re.DOTALL)
 
     def __init__(self, columns: int, rows: int) -> None:
         self._columns, self._height = columns, rows
@@ -48,6 +49,8 @@ class Screen:
         self._column = 0  # the number of columns: the next character wraps
         self._style = ""
         self._unread = ""  # the beginning of an escape sequence
+        self.takes_pastes = False  # between brackets
+        self.bells = 0
         self.scrolled_off: list[str] = []  # rows that have left the screen at the top
 
     @property
@@ -136,6 +139,8 @@ class Screen:
             self._column = 0
         elif char == "\n":
             self._line_feed()
+        elif char == "\a":
+            self.bells += 1
         else:
             category = unicodedata.category(char[0])
             assert category != "Cc", f"control character {char!r}"
@@ -173,8 +178,14 @@ class Screen:
 
     def _obey(self, command: str, numbers: str) -> None:
         match command, numbers:
+            case "m", "1" if self._style:
+                self._style += ";1"
+            case "m", "22":
+                self._style = self._style.removesuffix("1").removesuffix(";")
             case "m", _:
                 self._style = numbers
+            case (("h" | "l"), "?2004"):
+                self.takes_pastes = command == "h"
             case "A", _:
                 self._row = max(0, self._row - int(numbers))
                 self._column = min(self._column, self._columns - 1)
@@ -233,7 +244,8 @@ class Terminal:
             os.set_blocking(self._master, False)
             termios.tcsetwinsize(self._master, (rows, columns))
             self.modes_before = self.modes()
-            shells = ["sh", "-c", _TAKE_TERMINAL, os.ttyname(slave)]
+            self._name = os.ttyname(slave)
+            shells = ["sh", "-c", _TAKE_TERMINAL, self._name]
             self._shell = subprocess.Popen(
                 [*shells, "sh", "-c", _RUN_JOB, "sh", *command],
                 env=environment,
@@ -307,9 +319,27 @@ class Terminal:
         """Tell whether the program writes nothing for so long."""
         return not select.select([self._master], [], [], seconds)[0]
 
+    def drain(self) -> None:
+        """Read what the program has written."""
+        while not self.is_silent(0):
+            self._read()
+
     def modes(self) -> list[object]:
         """Return the modes of the terminal, as stty shows them."""
         return termios.tcgetattr(self._master)
+
+    def unread(self) -> bytes:
+        """Return what was typed and nobody has read: the shell is going to."""
+        flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK
+        keyboard = os.open(self._name, flags)
+        try:
+            tty.setcbreak(keyboard, termios.TCSANOW)
+            return os.read(keyboard, 65536)
+        except BlockingIOError:
+            return b""
+        finally:
+            termios.tcsetattr(keyboard, termios.TCSANOW, self.modes_before)
+            os.close(keyboard)
 
     def pid(self) -> int:
         """Return the number of the process that runs in the foreground."""
@@ -324,10 +354,13 @@ class Terminal:
     def end(self) -> int:
         """Return the exit status, once the program has ended and all of it is read.
 
-        It must have left the terminal as it was.
+        It must have left the terminal as it was, and nothing typed for the shell.
         """
         status = self.status()
         assert self.modes() == self.modes_before
+        assert self.unread() == b""
+        self.drain()
+        assert not self.screen.takes_pastes
         self.close()
         return status
 

@@ -27,6 +27,7 @@ from helpers import (
 from terminal import Terminal
 
 import client
+import console
 
 MENU = ["1. Join the chat", "q. Leave the chat", "2. Exit the program"]
 START = ["Connected to server.", *MENU]
@@ -98,18 +99,26 @@ def puppet(no_leaks: None) -> Iterator[Puppet]:
 PROGRAM = [str(PROJECT / "client.py")]
 
 
+def changed(change: str) -> list[str]:
+    """Return the program with a change: a line of Python that is run before it."""
+    path = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import client, console"
+    return ["-c", f"{path}\n{change}\nsys.exit(client.client_program())"]
+
+
 def impatient(seconds: float) -> list[str]:
     """Return the program, but that a server that hangs holds it up for less long."""
-    return [
-        "-c",
-        f"""
-import sys
-sys.path.insert(0, {str(PROJECT)!r})
-import client
-client.LEAVE_SECONDS = {seconds}
-sys.exit(client.client_program())
-""",
-    ]
+    return changed(f"client.LEAVE_SECONDS = {seconds}")
+
+
+SMALL_SEND_BUFFER = f"""
+client.LEAVE_SECONDS = 0.5
+connect = client.socket.create_connection
+def connect_small(*address):
+    connection = connect(*address)
+    connection.setsockopt(client.socket.SOL_SOCKET, client.socket.SO_SNDBUF, {SMALL_BUFFER})
+    return connection
+client.socket.create_connection = connect_small
+"""
 
 
 def command(address: str, program: list[str] = PROGRAM) -> list[str]:
@@ -161,6 +170,11 @@ class PipedClient:
         assert self.process.stdin
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
+
+    def end_input(self) -> None:
+        """Write no more."""
+        assert self.process.stdin
+        self.process.stdin.close()
 
     def end(self) -> tuple[int, list[str]]:
         """Return exit status and the rest of the output, once it has ended."""
@@ -221,26 +235,41 @@ def test_piped_session_reads_like_one_at_a_terminal(room: Room) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "answers", "goodbye"),
+    ("typed", "answers", "goodbye", "status"),
     [
-        ("q\n", ["Enter your choice: q"], LEFT),
-        (" Q \n", ["Enter your choice:  Q "], LEFT),
-        ("2\n", ["Enter your choice: 2"], EXITED),
-        ("\t2 \n", ["Enter your choice:     2 "], EXITED),
-        ("q", ["Enter your choice: q"], LEFT),
-        ("", [], LEFT),
-        ("1\nq\n", ["Enter your choice: 1", "Enter your username: q"], LEFT),
-        (" 1\n Q\n", ["Enter your choice:  1", "Enter your username:  Q"], LEFT),
-        ("1\n", ["Enter your choice: 1"], LEFT),
+        ("q\n", ["Enter your choice: q"], LEFT, 0),
+        (" Q \n", ["Enter your choice:  Q "], LEFT, 0),
+        ("2\n", ["Enter your choice: 2"], EXITED, 0),
+        ("\t2 \n", ["Enter your choice:     2 "], EXITED, 0),
+        ("q", ["Enter your choice: q"], LEFT, 0),
+        ("", [], LEFT, 0),
+        ("1\nq\n", ["Enter your choice: 1", "Enter your username: q"], LEFT, 1),
+        (" 1\n Q\n", ["Enter your choice:  1", "Enter your username:  Q"], LEFT, 1),
+        ("1\n", ["Enter your choice: 1"], LEFT, 1),
     ],
 )
-def test_leaving_before_the_chat_has_status_0(
-    room: Room, typed: str, answers: list[str], goodbye: list[str]
+def test_pipe_that_leaves_before_the_chat_has_failed_if_it_was_to_join(
+    room: Room, typed: str, answers: list[str], goodbye: list[str], status: int
 ) -> None:
-    status, output = run_client(room.address, typed)
+    assert run_client(room.address, typed) == (status, [*START, *answers, *goodbye])
 
-    assert output == [*START, *answers, *goodbye]
-    assert status == 0
+
+def test_pipe_whose_names_are_all_refused_has_status_1(room: Room) -> None:
+    status, output = run_client(room.address, "1\n?\n")
+
+    assert output[-2:] == LEFT
+    assert status == 1
+
+
+def test_pipe_that_ends_before_the_server_has_answered_leaves(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address, impatient(0.1))
+
+    piped.write("1\nAlex\n")
+    piped.end_input()
+
+    assert piped.end() == (1, [*JOINING, *LEFT])
 
 
 @pytest.mark.parametrize("other", ["3", "", "12", "join", "1 1", "ｑ"])
@@ -726,16 +755,6 @@ def test_no_server_is_one_line_that_says_where_and_why() -> None:
         assert part in run.stderr
 
 
-def test_impossible_host_is_one_line_that_says_so() -> None:
-    host = "x" * 64  # longer than a label may be, so that nobody asks the network
-
-    run = run_program("--host", host)
-
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.count("\n") == 1
-    assert host in run.stderr
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -767,6 +786,8 @@ def test_help_explains_every_flag_with_its_default() -> None:
         "--port",
         "1 to 65535",
         "default: 12345",
+        "--times",
+        "--bell",
     ):
         assert part in explained
 
@@ -831,6 +852,15 @@ def go_to(place: str, alex: Terminal) -> None:
     if place == "chat":
         alex.type(f"Alex{ENTER}")
         alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
+
+
+def join(puppet: Puppet, alex: Terminal) -> Caller:
+    """Let Alex join the test's own server; return its end of the connection."""
+    go_to("menu", alex)
+    alex.type(f"1{ENTER}Alex{ENTER}")
+    caller = puppet.welcome()
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
+    return caller
 
 
 @pytest.fixture
@@ -1100,7 +1130,10 @@ WORD_RIGHT_KEYS = ["\x1bf", "\x1b[1;5C", "\x1b[1;3C"]
         (f"e\u0301a{CTRL_A}{ARROW_RIGHT}b", "e\u0301ba"),
         (f"e\u0301a{CTRL_A}\x1b[3~", "a"),
         ("a\tb", "a    b"),
-        ("a\x1b[15~b\x1b[200~c\x1bOPd", "abcd"),
+        ("a\x1b[15~b\x1b[201~c\x1bOPd", "abcd"),
+        (f"say cafe\u0301s{WORD_LEFT_KEYS[0]}x", "say xcafe\u0301s"),
+        (f"cafe\u0301s x{CTRL_A}{WORD_RIGHT_KEYS[0]}-", "cafe\u0301s- x"),
+        (f"cafe\u0301s{ESCAPE}{BACKSPACE}x", "x"),
         ("a\x00\x07\x1db", "ab"),
         ("1", "1"),
         ("2", "2"),
@@ -1309,6 +1342,11 @@ def test_no_color_means_no_colours_and_the_rest_stays(chat: Chat) -> None:
     assert not COLOURED.search(alex.output)
 
 
+def paste(*lines: str) -> str:
+    """Return what a terminal sends for a paste."""
+    return f"\x1b[200~{ENTER.join(lines)}\x1b[201~"
+
+
 def test_dumb_terminal_gets_plain_lines(
     room: Room, start_terminal: StartTerminal
 ) -> None:
@@ -1335,19 +1373,6 @@ def test_dumb_terminal_gets_plain_lines(
         *LEFT,
         "",
     ]
-
-
-def test_no_escape_sequence_if_only_stdin_is_a_terminal(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(room.address, shell='"$@" | cat')
-    alex.wait_for(MENU[-1])
-
-    alex.type(f"1{ENTER}Alex{ENTER}q{ENTER}")
-
-    alex.wait_for("Connection closed.")
-    assert alex.end() == 0
-    assert ESCAPE not in alex.output
 
 
 def test_no_escape_sequence_if_only_stdout_is_a_terminal(
@@ -1440,10 +1465,7 @@ def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
     puppet: Puppet, start_terminal: StartTerminal, key: str, status: int, kind: str
 ) -> None:
     alex = start_terminal(puppet.address, impatient(1.0), TERM=kind)
-    go_to("menu", alex)
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    puppet.welcome()
-    alex.wait_for("You:")
+    join(puppet, alex)
     began = time.monotonic()
 
     alex.type(key)
@@ -1454,28 +1476,58 @@ def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
     assert client.LEAVE_SECONDS <= 3.0
 
 
-def test_ctrl_c_leaves_a_server_that_does_not_answer_to_the_name(
-    puppet: Puppet, start_terminal: StartTerminal
+LEAVING_KEYS = pytest.mark.parametrize(
+    ("keys", "status"), [(CTRL_C, 130), (CTRL_D, 0), (f"q{ENTER}", 0)],
+    ids=["Ctrl-C", "Ctrl-D", "q"],
+)  # fmt: skip
+
+
+@TERMINALS
+@LEAVING_KEYS
+def test_leaving_a_server_that_does_not_answer_to_the_name(
+    puppet: Puppet, start_terminal: StartTerminal, keys: str, status: int, kind: str
 ) -> None:
-    alex = start_terminal(puppet.address)
+    alex = start_terminal(puppet.address, impatient(0.5), TERM=kind)
     go_to("name", alex)
     alex.type(f"Alex{ENTER}")
     assert puppet.accept().line() == "Alex"
 
-    alex.type(CTRL_C)
+    began = time.monotonic()
+    alex.type(keys)
 
-    assert alex.end() == 130
-    assert alex.screen.rows == [*JOINING, *LEFT, ""]
+    assert alex.end() == status
+    assert time.monotonic() - began < 1.5
+    echo = ("", "q", "^C") if kind == "dumb" else ("",)
+    rows = [row.removeprefix("^C") for row in alex.screen.rows if row not in echo]
+    assert rows == [*JOINING, *LEFT]
+
+
+@LEAVING_KEYS
+def test_leaving_in_the_middle_of_a_paste_that_the_server_does_not_take(
+    puppet: Puppet, start_terminal: StartTerminal, keys: str, status: int
+) -> None:
+    alex = start_terminal(puppet.address, changed(SMALL_SEND_BUFFER))
+    join(puppet, alex)
+    alex.type(paste(*["x" * 1000] * 200, ""))
+    alex.wait_for("Send 200 lines?")
+    alex.type(f"y{ENTER}")
+    while not alex.is_silent(0.3):
+        alex.drain()
+
+    began = time.monotonic()
+    alex.type(keys)
+
+    assert alex.end() == status
+    assert time.monotonic() - began < 3.0
+    assert alex.screen.rows[-2:] == ["Connection closed.", ""]
+    assert alex.output.count("Leaving the chat...") == 1
 
 
 def test_second_ctrl_c_ends_a_leaving_that_takes_too_long(
     puppet: Puppet, start_terminal: StartTerminal
 ) -> None:
     alex = start_terminal(puppet.address, impatient(HANG_SECONDS))
-    go_to("menu", alex)
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    puppet.welcome()
-    alex.wait_for("You:")
+    join(puppet, alex)
 
     alex.type(CTRL_C)
     alex.wait_for("Leaving the chat...")
@@ -1509,19 +1561,25 @@ def test_connection_that_ended_at_the_name_is_made_again(
 
 
 @ENDINGS
-def test_server_that_cannot_be_reached_again_from_the_name_ends_the_client(
-    puppet: Puppet, start_terminal: StartTerminal, end: Callable[[Caller], None]
+@pytest.mark.parametrize("place", ["menu", "name"])
+def test_server_that_cannot_be_reached_again_leads_to_the_menu(
+    puppet: Puppet,
+    start_terminal: StartTerminal,
+    place: str,
+    end: Callable[[Caller], None],
 ) -> None:
     alex = start_terminal(puppet.address)
-    go_to("name", alex)
+    go_to(place, alex)
     end(puppet.accept())
     puppet.close()
 
-    alex.type(f"Alex{ENTER}")
+    alex.type(f"1{ENTER}" if place == "menu" else f"Alex{ENTER}")
 
-    assert alex.end() == 1
     lost = "Connection lost: Connection refused."
-    assert alex.screen.rows == [*JOINING, lost, ""]
+    before = [*START, NAMED[0]] if place == "menu" else JOINING
+    assert alex.shows([*before, lost, *MENU, "Enter your choice:"])
+    alex.type(f"q{ENTER}")
+    assert alex.end() == 1
 
 
 def test_leaving_at_the_name_has_status_0_when_the_server_is_gone(
@@ -1555,8 +1613,11 @@ def test_server_that_has_become_full_ends_the_client(
     assert alex.screen.rows == [*JOINING, f"! {FULL}", ""]
 
 
+LOST = "Connection lost: the server closed the connection."
+
+
 @TERMINALS
-def test_server_that_is_killed_ends_the_client_within_a_second(
+def test_killed_server_is_told_within_a_second_and_leads_to_the_menu(
     start_terminal: StartTerminal,
     start_server: Callable[..., ServerProcess],
     kind: str,
@@ -1566,33 +1627,28 @@ def test_server_that_is_killed_ends_the_client_within_a_second(
     go_to("chat", alex)
     alex.type("half a line")
     alex.wait_for("You: half a line")
+    above = alex.screen.rows
 
     server.process.kill()
     start = time.monotonic()
-    status = alex.end()
+    alex.wait_for(LOST)
 
     assert time.monotonic() - start < 1.0
-    assert status == 1
-    lost = "Connection lost: the server closed the connection."
-    assert alex.screen.rows[-3:] == ["You: half a line", lost, ""]
+    assert alex.shows([*above, LOST, *MENU, "Enter your choice:"])
+    alex.type(f"q{ENTER}")
+    assert alex.end() == 1
+    assert alex.screen.rows[-3:] == [*LEFT, ""]
 
 
 def test_connection_that_is_reset_is_lost_with_the_reason(
     puppet: Puppet, start_terminal: StartTerminal
 ) -> None:
     alex = start_terminal(puppet.address)
-    go_to("menu", alex)
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    caller = puppet.welcome()
-    alex.wait_for("You:")
-    alex.type(f"half a line{ARROW_LEFT * 4}")
-    alex.wait_for("half a line")
+    caller = join(puppet, alex)
 
     caller.reset()
 
-    assert alex.end() == 1
-    lost = "Connection lost: Connection reset by peer."
-    assert alex.screen.rows[-3:] == ["You: half a line", lost, ""]
+    alex.wait_for("Connection lost: Connection reset by peer.")
 
 
 def test_last_words_of_the_server_are_shown_before_the_connection_is_lost(
@@ -1604,21 +1660,110 @@ def test_last_words_of_the_server_are_shown_before_the_connection_is_lost(
 
     room.stop()
 
-    assert alex.end() == 1
-    assert alex.screen.rows == [
-        "* Server is shutting down.",
-        "You: half",
-        "Connection lost: the server closed the connection.",
-        "",
-    ]
+    last = "* Server is shutting down."
+    assert alex.shows([last, "You: half", LOST, *MENU, "Enter your choice:"])
 
 
-def test_terminal_is_left_sane_by_a_client_that_is_terminated(chat: Chat) -> None:
-    alex, bob = chat()
+def test_half_typed_line_is_typed_on_after_the_server_was_restarted(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+    alex.type(f"half a line{ARROW_LEFT * 4}")
+    alex.wait_for("You: half a line")
 
-    os.kill(alex.pid(), signal.SIGTERM)
+    caller.close()
+    alex.wait_for("Enter your choice:")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    alex.type(f"1{ENTER}")
+    alex.wait_for("Enter your username [Alex]:")
+    alex.type(ENTER)
+    caller = puppet.welcome()
 
-    assert alex.end() == 128 + signal.SIGTERM
+    assert caller.name == "Alex"
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You: half a line")
+    assert alex.screen.cursor[1] == 12
+    alex.type(f"of {ENTER}")
+    assert caller.line() == "half a of line"
+    alex.type(f"q{ENTER}")
+    assert caller.line() == "q"
+    caller.close()
+    assert alex.end() == 0
+
+
+def test_another_name_may_be_given_after_the_connection_was_lost(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    join(puppet, alex).close()
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+
+    alex.type(f"1{ENTER}Sam{ENTER}")
+
+    assert puppet.welcome().name == "Sam"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_ten_lost_connections_leave_no_thread_no_descriptor_and_no_stale_row(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address, rows=200)
+    caller = join(puppet, alex)
+    process = Path(f"/proc/{alex.pid()}")
+    before = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
+    expected = alex.screen.rows[:-1]
+
+    for number in range(10):
+        caller.close()
+        alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+        alex.type(f"1{ENTER}")
+        alex.wait_until(lambda: alex.screen.rows[-1].startswith("Enter your username"))
+        alex.type(ENTER)
+        caller = puppet.welcome()
+        caller.say(f"* Start {number}")
+        again = [LOST, *MENU, NAMED[0], "Enter your username [Alex]:"]
+        expected += [*again, *JOINING[-1:], "* Welcome, Alex!", f"* Start {number}"]
+        assert alex.shows([*expected, "You:"])
+
+    after = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
+    assert after == before
+
+
+def test_bug_in_the_receiver_ends_the_client_loudly(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    bug = "protocol.parse_server_line = lambda line: 1 / 0"
+    process = subprocess.Popen(
+        command(puppet.address, changed(f"import protocol; {bug}")),
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    puppet.accept().say("* Hello")
+
+    _, errors = process.communicate(b"1\nAlex\n", HANG_SECONDS)
+
+    assert process.returncode == 1
+    assert b"ZeroDivisionError" in errors
+
+
+@TERMINALS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_terminal_is_left_sane_by_a_client_that_is_terminated(
+    room: Room, start_terminal: StartTerminal, number: signal.Signals, kind: str
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address, TERM=kind)
+    go_to("chat", alex)
+    assert bob.line() == "* Alex has joined the chat."
+    alex.type("half a line")
+    alex.wait_for("half a line")
+
+    os.kill(alex.pid(), number)
+
+    assert alex.end() == 128 + number
+    assert alex.screen.rows[-2:] == ["You: half a line", ""]
     assert bob.line() == "* Alex has left the chat."
 
 
@@ -1641,3 +1786,614 @@ def test_idle_client_uses_no_cpu(
     assert alex.is_silent(0.3)
 
     assert ticks() - before <= 1  # of the 30 that this took
+
+
+# --- pastes, and what is typed ahead ------------------------------------------------
+
+
+def test_pasted_q_is_text_and_goes_out_with_a_blank(chat: Chat) -> None:
+    alex, bob = chat()
+
+    alex.type(paste("one", "q", "Q", "", "four") + f"{BACKSPACE}r{ENTER}")
+
+    assert bob.lines(4) == [
+        "Alex: one",
+        "Alex: q ",
+        "Alex: Q ",
+        "Alex: four"[:-1] + "r",
+    ]
+
+
+@pytest.mark.parametrize("answer", ["y", " Y ", "yes"])
+@pytest.mark.parametrize("last", ["", "line 19"])
+def test_long_paste_is_sent_after_a_yes(chat: Chat, answer: str, last: str) -> None:
+    alex, bob = chat()
+    lines = [f"line {number}" for number in range(19)] + ([last] if last else ["last"])
+
+    alex.type(paste(*lines, *([] if last else [""])))
+    assert alex.shows(["Send 20 lines? [y/N]"])
+    alex.type(f"{answer}{ENTER}")
+
+    assert bob.lines(20) == [f"Alex: {line}" for line in lines]
+    asked = f"Send 20 lines? [y/N] {answer}".rstrip()
+    assert alex.shows([asked, *[f"You: {line}" for line in lines], "You:"])
+
+
+@pytest.mark.parametrize("answer", [ENTER, f"n{ENTER}", f"q{ENTER}", CTRL_D])
+def test_no_to_a_long_paste_keeps_its_first_line(chat: Chat, answer: str) -> None:
+    alex, bob = chat()
+
+    alex.type("say " + paste(*[f"line {number}" for number in range(6)], ""))
+    alex.wait_for("Send 6 lines?")
+    alex.type(answer)
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You: say line 0")
+    alex.type(f"!{ENTER}")
+
+    assert bob.line() == "Alex: say line 0!"
+
+
+def test_paste_in_the_middle_of_a_line_goes_between_its_halves(chat: Chat) -> None:
+    alex, bob = chat()
+
+    alex.type(f"ad{ARROW_LEFT}{paste('b', 'c')}{ENTER}")
+
+    assert bob.lines(2) == ["Alex: ab", "Alex: cd"]
+
+
+def test_paste_that_comes_in_pieces_is_one_paste(chat: Chat) -> None:
+    alex, bob = chat()
+
+    for char in f"{ESCAPE}{paste('q', 'ä', '')}":
+        alex.type(char)
+        alex.drain()
+
+    assert bob.lines(2) == ["Alex: q ", "Alex: ä"]
+
+
+def test_control_characters_in_a_paste_are_cleaned(chat: Chat) -> None:
+    alex, bob = chat()
+
+    shown = "a    b\ufffd[31mc\ufffd\ufffd\ufffdd"
+
+    alex.type(paste("a\tb\x1b[31mc\x00\x07\x04d"))
+    assert alex.shows([f"You: {shown}"])
+    alex.type(ENTER)
+
+    assert bob.line() == f"Alex: {shown}"
+    assert alex.shows([f"You: {shown}", "You:"])
+
+
+def test_paste_without_an_end_is_taken_once_it_is_silent(chat: Chat) -> None:
+    alex, bob = chat()
+
+    alex.type("\x1b[200~one\rq\rthree")
+
+    assert bob.lines(2) == ["Alex: one", "Alex: q "]
+    alex.type(f" and on{ENTER}")
+    assert bob.line() == "Alex: three and on"
+
+
+def test_ctrl_c_ends_a_paste_without_an_end(chat: Chat) -> None:
+    alex, _ = chat()
+    alex.type("\x1b[200~one\rq\r")
+
+    alex.type(CTRL_C)
+
+    assert alex.end() == 130
+
+
+def test_huge_pasted_line_takes_little_at_each_key(chat: Chat) -> None:
+    alex, _ = chat(columns=40, rows=6)
+    alex.type(paste("word " * 100_000))
+    alex.wait_until(lambda: len(alex.screen.rows) > 4)
+    written = len(alex.output)
+
+    began = time.monotonic()
+    for key in "abc", f"{ESCAPE}b", CTRL_W, "!":
+        seen = len(alex.output)
+        alex.type(key)
+        alex.wait_until(lambda before=seen: len(alex.output) > before)
+
+    assert time.monotonic() - began < 1.0
+    assert len(alex.output) - written < 10_000
+
+
+def test_keys_are_read_in_bounded_memory() -> None:
+    keys = console.KeyReader()
+    for text in "\x1b[200~", "\x1b[1;":
+        for _ in range(3):
+            keys.feed((text + "1" * 3 * console.MAX_TYPED_CHARS).encode())
+            assert len(keys._rest) < console.MAX_TYPED_CHARS + 10_000
+
+
+def leave_with_q(alex: Terminal) -> None:
+    alex.type(f"q{ENTER}")
+
+
+def leave_with_ctrl_c(alex: Terminal) -> None:
+    alex.type(CTRL_C)
+
+
+def leave_with_ctrl_c_twice(alex: Terminal) -> None:
+    os.kill(alex.pid(), signal.SIGINT)
+    alex.wait_for("Leaving the chat...")
+    os.kill(alex.pid(), signal.SIGINT)
+
+
+def leave_with_sigterm(alex: Terminal) -> None:
+    os.kill(alex.pid(), signal.SIGTERM)
+
+
+@TERMINALS
+@pytest.mark.parametrize(
+    ("leave", "status"),
+    [
+        (leave_with_q, 0),
+        (leave_with_ctrl_c, 130),
+        (leave_with_ctrl_c_twice, 130),
+        (leave_with_sigterm, 143),
+    ],
+)
+def test_what_is_typed_ahead_is_not_left_for_the_shell(
+    puppet: Puppet,
+    start_terminal: StartTerminal,
+    leave: Callable[[Terminal], None],
+    status: int,
+    kind: str,
+) -> None:
+    """The last check is that of end(): nothing is left to be read."""
+    alex = start_terminal(puppet.address, impatient(0.5), TERM=kind)
+    join(puppet, alex)
+
+    leave(alex)
+    alex.type(f"rm -rf everything{ENTER}and{ENTER}half a line")
+
+    assert alex.end() == status
+
+
+def test_what_is_typed_ahead_of_a_full_server_is_not_left_for_the_shell(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("menu", alex)
+    caller = puppet.accept()
+    caller.say(f"! {FULL}")
+    caller.close()
+
+    alex.type(f"1{ENTER}Alex{ENTER}half a line")
+
+    assert alex.end() == 1
+
+
+def test_paste_that_goes_on_after_the_end_is_not_left_for_the_shell(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address, impatient(0.2))
+    join(puppet, alex)
+    alex.type(f"q{ENTER}\x1b[200~one{ENTER}")
+    alex.wait_for("Connection closed.")
+
+    assert alex.is_silent(0.2)  # the terminal is still taking its time
+    alex.type(f"two{ENTER}" * 1000 + "\x1b[201~")
+
+    assert alex.end() == 0
+
+
+def test_shell_gets_nothing_of_three_hundred_lines_with_a_q_among_them(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address, shell='"$@"; echo ended; cat')
+    go_to("chat", alex)
+    lines = [f"echo {number}" for number in range(300)]
+    lines[5] = "q"
+
+    alex.type(paste(*lines, ""))
+    alex.wait_for("Send 300 lines?")
+    alex.type(f"y{ENTER}")
+
+    said = [f"Alex: {line}" for line in lines]
+    said[5] = "Alex: q "
+    assert bob.lines(301)[1:] == said
+    alex.type("".join(f"{line}{ENTER}" for line in lines))  # without brackets
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["ended", ""])
+    alex.type(CTRL_D)  # for cat, which was given nothing
+    assert alex.end() == 0
+    assert alex.screen.rows[-3:] == ["Connection closed.", "ended", ""]
+
+
+def test_shell_gets_nothing_of_what_is_typed_on_when_the_server_is_killed(
+    start_terminal: StartTerminal, start_server: Callable[..., ServerProcess]
+) -> None:
+    server = start_server()
+    alex = start_terminal(server.address, shell='"$@"; echo "ended $?"; cat')
+    go_to("chat", alex)
+    alex.type("in the middle ")
+
+    server.process.kill()
+    alex.type(f"of a sentence{ENTER}and another{ENTER}")
+    alex.wait_for("Connection lost:")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    alex.type(f"2{ENTER}ls{ENTER}")
+
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["ended 1", ""])
+    alex.type(CTRL_D)
+    assert alex.end() == 0
+    assert alex.screen.rows[-4:] == [*EXITED, "ended 1", ""]
+
+
+@pytest.mark.parametrize("moment", [CTRL_Z, f"q{ENTER}"])
+def test_brackets_around_pastes_are_asked_for_only_while_the_client_runs(
+    chat: Chat, moment: str
+) -> None:
+    alex, _ = chat()
+    assert alex.screen.takes_pastes
+
+    alex.type(moment)
+
+    alex.status()
+    alex.drain()
+    assert not alex.screen.takes_pastes
+    if moment == CTRL_Z:
+        alex.resume()
+        alex.wait_until(lambda: alex.screen.takes_pastes)
+
+
+# --- secrets, private messages, and what the flags do -------------------------------
+
+
+def test_line_before_the_answer_to_the_name_is_shown_and_is_not_the_answer(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.write("1\nAlex\nHello\nq\n")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+
+    caller.say("Welcome to this house.")
+    piped.output.until("Welcome to this house.")
+    caller.say("! Not now.")
+
+    assert piped.output.lines(3)[0] == "! Not now."  # and Hello is the next name
+
+
+PASSWORD = "correct horse battery"
+
+
+def test_password_at_the_name_is_not_shown(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+
+    caller.say("? This name is kept: its password?")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
+    alex.type(f"{ARROW_UP}wrong{ENTER}")
+    assert caller.line() == "wrong"
+    caller.say("! That is not it.")
+    alex.wait_for("! That is not it.")
+    alex.type(f"Alex{ENTER}")
+    assert caller.line() == "Alex"
+    caller.say("? This name is kept: its password?")
+    alex.type(f"{PASSWORD}{ENTER}")
+    assert caller.line() == PASSWORD
+    caller.say("* Welcome, Alex!")
+
+    alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
+    assert not {"wrong", PASSWORD} & {word for word in alex.output.split()}
+    assert PASSWORD not in alex.output
+
+
+@TERMINALS
+def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
+    puppet: Puppet, start_terminal: StartTerminal, kind: str
+) -> None:
+    alex = start_terminal(puppet.address, TERM=kind)
+    caller = join(puppet, alex)
+    alex.type(f"/register{ENTER}")
+    assert caller.line() == "/register"
+    caller.say("! Not just now.")
+    half = "" if kind == "dumb" else "half"
+    alex.type(half)
+    alex.wait_until(lambda: alex.screen.rows[-1] == f"You: {half}".rstrip())
+
+    caller.say("? The new password?")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
+    caller.say("Bob: Hi!")
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["Bob: Hi!", "Password:"])
+    alex.type(f"{PASSWORD}{ENTER}")
+    assert caller.line() == PASSWORD
+    alex.wait_until(lambda: alex.screen.rows[-1] == f"You: {half}".rstrip())
+    assert alex.screen.rows.count("You: half") == bool(half)
+    alex.type(f"{ARROW_UP * 2 if half else ''} a line{ENTER}")
+
+    assert caller.line() == ("/register a line" if half else " a line")
+    assert PASSWORD not in alex.output
+
+
+def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.write(f"1\nAlex\n{PASSWORD}\n/register\nanother one\nHello\nq\n")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+    caller.say("? Its password?")
+    assert caller.line() == PASSWORD
+    caller.say("* Welcome, Alex!")
+    assert caller.line() == "/register"
+    caller.say("Bob: Hi!")
+    caller.say("? The new password?")
+    assert caller.lines(3) == ["another one", "Hello", "q"]
+    caller.close()
+
+    status, output = piped.end()
+    assert status == 0
+    assert output == [
+        *JOINING,
+        "? Its password?",
+        "Password: ",
+        "* Welcome, Alex!",
+        "You: /register",
+        "Bob: Hi!",
+        "? The new password?",
+        "Password: ",
+        "You: Hello",
+        "You: q",
+        *LEFT,
+    ]
+
+
+def test_pasted_password_is_not_shown(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+
+    alex.type(paste("/register", PASSWORD, "Hello", ""))
+    assert caller.line() == "/register"
+    caller.say("? The new password?")
+
+    assert caller.lines(2) == [PASSWORD, "Hello"]
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["You: Hello", "You:"])
+    assert PASSWORD not in alex.output
+
+
+def test_password_is_never_sent_on_a_new_connection(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    """There it would be taken for a name, and shown to all."""
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+    caller.say("? Its password?")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
+    caller.close()
+
+    alex.type(f"{PASSWORD}{ENTER}")
+
+    alex.wait_for("Connection lost:")
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    alex.type(f"1{ENTER}Sam{ENTER}")
+    assert puppet.welcome().name == "Sam"
+
+
+def test_private_message_looks_unlike_one_to_the_room(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+
+    caller.say("Bob (private): psst")
+    caller.say("Bob: (private): no")
+    alex.wait_for("Bob: (private): no")
+
+    assert alex.screen.styles("Bob (private): psst") == {"35"}
+    assert "35" not in alex.screen.styles("Bob: (private): no")
+
+
+def test_own_name_is_bold_in_what_others_say(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+
+    caller.say("Bob: so alex, Alexandra is here")
+    caller.say("Bob (private): is Alex?")
+    alex.wait_for("(private)")
+
+    assert alex.screen.styles("alex") == {"1"}
+    assert alex.screen.styles(", Alexandra is here") == {""}
+    assert alex.screen.styles("is Alex?") == {"35;1", "35"}
+
+
+@pytest.mark.parametrize(
+    ("line", "bells"),
+    [
+        ("Bob (private): psst", 1),
+        ("Bob: you, ALEX?", 1),
+        ("Bob: Alexandra", 0),
+        ("* Alex is a name", 0),
+        ("Bob: hello", 0),
+    ],
+)
+def test_bell_rings_for_private_messages_and_for_the_own_name(
+    puppet: Puppet, start_terminal: StartTerminal, line: str, bells: int
+) -> None:
+    for flags, expected in ([], 0), (["--bell"], bells):
+        alex = start_terminal(puppet.address, [*PROGRAM, *flags])
+        join(puppet, alex).say(line)
+        alex.wait_for(line)
+        assert alex.screen.bells == expected
+
+
+def test_times_stand_before_what_comes_from_the_server(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address, [*PROGRAM, "--times", "--bell"])
+    piped.write("1\nAlex\nHello\nq\n")
+    puppet.welcome().close()
+
+    _, output = piped.end()
+
+    welcome = next(line for line in output if "Welcome" in line)
+    assert re.fullmatch(r"[0-2]\d:[0-5]\d \* Welcome, Alex!", welcome)
+    assert {*START, *NAMED, JOINING[-1]} < {*output}
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ("so sa\t!", "so Samuel!"),
+        ("SA\t\t!", "Sam!"),
+        ("sa\t\t\t!", "Samuel!"),
+        ("/msg \t hi", "/msg Samuel hi"),
+        ("/msg e\t hi", "/msg Eve hi"),
+        ("e\t b\t d\t", "Eve Bob Dan"),
+        (f"sa there{ARROW_LEFT * 6}\t", "Samuel there"),
+        ("you\tx", "you    x"),
+        ("al\tx", "al    x"),
+    ],
+)
+def test_tab_completes_the_names_that_were_seen(
+    puppet: Puppet, start_terminal: StartTerminal, keys: str, text: str
+) -> None:
+    alex = start_terminal(puppet.address)
+    go_to("name", alex)
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.accept()
+    assert caller.line() == "Alex"
+    caller.say("* Welcome, Alex! Also online: Bob, Eve.")
+    caller.say("* 3 online: Alex, Bob, Dan")
+    caller.say("* Sam has joined the chat.")
+    caller.say("Samuel: hello you, there")
+    alex.wait_for("Samuel: hello")
+
+    alex.type(f"{keys}{ENTER}")
+
+    assert caller.line() == text
+
+
+# --- starts that fail, and odd surroundings -----------------------------------------
+
+
+@pytest.mark.parametrize("host", ["", "a..b", "x" * 64, "no-such-host.invalid"])
+def test_host_that_cannot_be_is_one_line_that_says_so(room: Room, host: str) -> None:
+    port = room.address.rpartition(":")[2]
+
+    run = run_program("--host", host, "--port", port)
+
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.count("\n") == 1
+    for part in host or "''", port, "--host":
+        assert part in run.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_stream_without_a_descriptor_is_no_reason_for_a_traceback(
+    room: Room, closed: str
+) -> None:
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command(room.address)]
+
+    run = subprocess.run(
+        shell,
+        check=False,
+        input=b"1\nAlex\nq\n",
+        capture_output=True,
+        env=environment(),
+        timeout=HANG_SECONDS,
+    )
+
+    assert run.returncode == 0
+    assert run.stderr == b""
+
+
+@pytest.mark.parametrize("files", [5, 6, 7])
+def test_too_few_descriptors_are_one_line(room: Room, files: int) -> None:
+    shell = f'ulimit -n {files} && exec "$@"'
+    run = subprocess.run(
+        ["sh", "-c", shell, "sh", *command(room.address)],
+        check=False,
+        input="q\n",
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=HANG_SECONDS,
+    )
+
+    assert "Traceback" not in run.stderr
+    assert run.returncode == 0 or run.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_python_imports_is_silent(tmp_path: Path) -> None:
+    for name in "client.py", "console.py", "protocol.py":
+        (tmp_path / name).write_text((PROJECT / name).read_text())
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "argparse.py").write_text(interrupt)
+
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "client.py")], check=False, capture_output=True
+    )
+
+    assert (run.returncode, run.stderr) == (-signal.SIGINT, b"")
+
+
+def test_old_python_is_one_line_that_says_what_is_needed() -> None:
+    old = "import runpy, sys; sys.hexversion = 0x030A0000; "
+    run_it = f"runpy.run_path({PROGRAM[0]!r}, run_name='__main__')"
+
+    run = subprocess.run(
+        [sys.executable, "-c", old + run_it],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert "3.11" in run.stderr
+
+
+def test_prompt_goes_out_before_the_answer_if_only_the_keyboard_is_a_terminal(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(room.address, shell='"$@" | cat')
+
+    go_to("chat", alex)
+    alex.type(f"q{ENTER}")
+
+    alex.wait_for("Connection closed.")
+    assert alex.end() == 0
+    assert ESCAPE not in alex.output
+
+
+def test_stop_that_comes_with_keys_is_heeded_at_once(chat: Chat) -> None:
+    """It empties the system's buffer, so that there is nothing to read after all."""
+    alex, _ = chat()
+
+    for _ in range(20):
+        alex.type(f"x{CTRL_Z}")
+        assert alex.status() == 128 + signal.SIGTSTP
+        alex.resume()
+        alex.wait_until(lambda: alex.screen.takes_pastes)
+
+
+def test_rest_of_the_sentence_is_no_answer_to_the_menu(
+    puppet: Puppet, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(puppet.address)
+    caller = join(puppet, alex)
+    alex.type("the answers are")
+    alex.wait_for("You: the answers are")
+
+    caller.close()
+    alex.wait_for("Connection lost:")
+    alex.type(f" 1 and{ENTER}2{ENTER}")
+
+    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    assert alex.is_silent(0.2)

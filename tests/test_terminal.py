@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from helpers import HANG_SECONDS, PROJECT, Peer, Room, ServerProcess, split_address
 
-SIZES = [(80, 24), (20, 10)]
+SIZES = [(80, 24), (40, 12), (20, 4)]
 POLL_SECONDS = 0.02  # tmux does not tell when a program has written
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 LEFT = ["Leaving the chat...", "Connection closed."]
@@ -63,10 +63,10 @@ class Window:
         self.type(text)
         self.press("Enter")
 
-    def paste(self, text: str) -> None:
+    def paste(self, text: str, *, brackets: bool = False) -> None:
         """Paste a text, of whatever length, at once."""
         self._tmux("load-buffer -", stdin=text)
-        self._tmux("paste-buffer")
+        self._tmux("paste-buffer -p" if brackets else "paste-buffer")
 
     def resize(self, columns: int, rows: int) -> None:
         """Change the size of the window, and wait until the program can know it."""
@@ -117,6 +117,12 @@ class Window:
         rows, _ = self.everything()
         return rows[: rows.index(last)]
 
+    def made(self, name: str) -> bool:
+        """Tell whether the shell has made a file, as far as it was told to."""
+        self.enter("echo all done")
+        self._wait_until(lambda: "all done" in self.everything()[0])
+        return (self._folder / name).exists()
+
     def stty(self, moment: str) -> str:
         """Return the modes of the terminal, "before" or "after" the program."""
         return (self._folder / moment).read_text()
@@ -151,7 +157,7 @@ OpenWindow = Callable[[str], Window]
 Chat = tuple[Window, Peer]
 
 
-@pytest.fixture(params=SIZES, ids=["80x24", "20x10"])
+@pytest.fixture(params=SIZES, ids=["80x24", "40x12", "20x4"])
 def open_window(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenWindow]:
     """Let Alex join a server, in a window that is cleared then."""
     if not shutil.which("tmux"):
@@ -474,17 +480,73 @@ def test_fg_after_ctrl_z_brings_back_line_and_cursor(chat: Chat) -> None:
     assert rows[rows.index("Bob: still there?") + 1] == "You: half a line"
 
 
-def test_server_that_is_killed_leaves_the_terminal_as_it_was(
+def test_killed_server_leads_to_the_menu_and_back_to_the_half_typed_line(
     open_window: OpenWindow, start_server: Callable[..., ServerProcess]
 ) -> None:
     server = start_server()
     alex = open_window(server.address)
     alex.type("half a line")
+    alex.press("Left", 4)
     alex.wait_for("half a line")
 
     server.process.kill()
+    server.process.wait()
+    alex.wait_for("Enter your choice:")
+    start_server("--port", server.address.rpartition(":")[2])
+    alex.enter("1")
+    alex.wait_for("[Alex]:")
+    alex.press("Enter")
 
-    lost = "Connection lost: the server closed the connection."
-    shown = ["You: half a line", *folded(lost, alex.columns)]
-    assert alex.until("status 1") == [row.rstrip() for row in shown]
+    alex.wait_for("* Welcome, Alex!")
+    lines = [
+        "You: half a line",
+        "Connection lost: the server closed the connection.",
+        *["1. Join the chat", "q. Leave the chat", "2. Exit the program"],
+        "Enter your choice: 1",
+        "Enter your username [Alex]:",
+        "Joining the chat as Alex...",
+        "* Welcome, Alex! Also online: nobody yet.",
+        "You: half a line",
+    ]
+    rows = [row.rstrip() for line in lines for row in folded(line, alex.columns)]
+    assert alex.shows(rows, cursor=(len(rows) - 1, 12))
+
+
+def test_shell_is_given_nothing_when_the_server_is_killed_in_mid_sentence(
+    open_window: OpenWindow, start_server: Callable[..., ServerProcess]
+) -> None:
+    server = start_server()
+    alex = open_window(server.address)
+    alex.type("echo oops; in mid-")
+
+    server.process.kill()
+    alex.enter("sentence")
+    alex.enter("touch given")
+    alex.wait_for("Enter your choice:")
+    alex.enter("2")
+    alex.enter("touch given")
+
+    alex.wait_for("status 1")
+    assert not alex.made("given")
+    assert alex.stty("after") == alex.stty("before")
+
+
+def test_shell_is_given_nothing_of_a_paste_with_a_q_in_it(chat: Chat) -> None:
+    alex, bob = chat
+    lines = [
+        "touch given",
+        *["one", "two", "three", "four"],
+        "q",
+        *["touch given"] * 294,
+    ]
+
+    alex.paste("".join(f"{line}\n" for line in lines), brackets=True)
+    alex.wait_for("Send 300 lines?")
+    alex.enter("y")
+    said = bob.lines(300)
+    alex.paste("q\n" + "touch given\n" * 299)
+
+    assert said == [f"Alex: {line}" if line != "q" else "Alex: q " for line in lines]
+    alex.wait_for("status 0")
+    assert not alex.made("given")
     assert alex.stty("after") == alex.stty("before")
