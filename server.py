@@ -639,7 +639,7 @@ class ChatServer:
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
         self._database.keep(client.name, protocol.check_password(line))
-        self._answer(client, f"The name {client.name} is now kept for you, its owner.")
+        self._answer(client, f"The name {client.name} is now kept for you.")
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
