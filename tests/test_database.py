@@ -186,6 +186,26 @@ def test_messages_are_kept_in_the_order_in_which_all_saw_them(
     assert kept(path) == seen
 
 
+def test_senders_that_are_faster_than_the_file_are_slowed_and_nothing_is_lost(
+    start: StartServer, path: Path
+) -> None:
+    chat = start("--rate", "0", "--quiet")
+    reader, *speakers = chat.members("Reader", "Alex", "Bob", "Carol")
+    floods = [
+        threading.Thread(target=say_all, args=(speaker, numbers(20_000)))
+        for speaker in speakers
+    ]
+
+    for flood in floods:
+        flood.start()
+
+    reader.lines(60_000)
+    for flood in floods:
+        flood.join()
+    stop(chat)
+    assert query(path, "SELECT count(*) FROM messages") == [(60_000,)]
+
+
 def test_a_message_is_in_the_file_within_a_second(
     start: StartServer, path: Path
 ) -> None:
