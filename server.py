@@ -108,6 +108,7 @@ SCHEMA_VERSION = 1  # PRAGMA user_version of the database
 ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
 BUSY_SECONDS = 1.0  # that another program may keep the database locked at a time
 RETRY_SECONDS = 0.5  # after a write to the database has failed
+HANGS_SECONDS = 0.25  # without a new batch: the disk hangs, and nobody waits for it
 CHANGE_SECONDS = 3.0  # that a member waits for a change of its account
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
@@ -494,7 +495,7 @@ class ChatServer:
                 return False
             self._check_free(name)
             if self._database and self._database.account(name) is not account:
-                raise ProtocolError(f"The password of {name} has just been changed.")
+                raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
             if self._database:
                 welcome += self._database.history(HISTORY_MESSAGES)
@@ -564,6 +565,8 @@ class ChatServer:
         told = ""
         if self._tell_messages:
             told = "".join([f"Received message from {line}" for line in lines])
+        if self._database:
+            self._database.wait_for_room()
         encoded = "".join(lines).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
@@ -1218,7 +1221,7 @@ class Recorder(Generic[T]):
         # Guards the names below.  Not held while writing.
         self._changed = threading.Condition()
         self._batch: list[T] = []
-        self._unwritten = 0  # lines or messages, those being written included
+        self.unwritten = 0  # lines or messages, those being written included
         self._left_out = 0
         self._closed = False
         # A daemon, since nothing can wake a write to a terminal that is stuck; it holds
@@ -1229,13 +1232,13 @@ class Recorder(Generic[T]):
     def put(self, item: T, size: int) -> None:
         """Queue an item of so many lines or messages.  Never waits."""
         with self._changed:
-            if self._unwritten + size > MAX_UNWRITTEN:
+            if self.unwritten + size > MAX_UNWRITTEN:
                 self._left_out += size
                 return
             if self._left_out:
                 self._end_gap()
             self._batch.append(item)
-            self._unwritten += size
+            self.unwritten += size
             if len(self._batch) == 1:
                 self._changed.notify_all()
 
@@ -1247,7 +1250,7 @@ class Recorder(Generic[T]):
             self._closed = True
             self._changed.notify_all()
         self._thread.join(seconds)
-        return self._unwritten
+        return self.unwritten
 
     def _end_gap(self) -> None:
         """Caller holds _changed."""
@@ -1263,10 +1266,10 @@ class Recorder(Generic[T]):
                     return
                 self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
                 batch, self._batch = self._batch, []
-                size = self._unwritten
+                size = self.unwritten
             self._write(batch)
             with self._changed:
-                self._unwritten -= size
+                self.unwritten -= size
 
 
 class Terminal:
@@ -1383,6 +1386,7 @@ class Database:
         }
         self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
         self._failing = False
+        self._active_at = 0.0  # when the last batch was begun
         self.closing = threading.Event()  # wait for nothing any longer
         self._recorder: Recorder[_Said | _Change] = Recorder(
             self._write, self._tell_gap
@@ -1445,6 +1449,14 @@ class Database:
         self._last.extend([(at, name, text) for text in texts])
         self._recorder.put(_Said(at, name, texts), len(texts))
 
+    def wait_for_room(self) -> None:
+        """Let a flood wait while the file is behind but comes on; not if it hangs."""
+        while self._recorder.unwritten > MAX_UNWRITTEN // 2:
+            if time.monotonic() - self._active_at > HANGS_SECONDS:
+                break
+            if self.closing.wait(GATHER_SECONDS):
+                break
+
     def history(self, most: int) -> list[str]:
         """Return the last messages for notices.  Caller holds the server's lock."""
         first = max(0, len(self._last) - most)
@@ -1463,6 +1475,7 @@ class Database:
             v for at, name, texts in said for text in texts for v in (at, name, text)
         ]
         changes = [item for item in batch if isinstance(item, _Change)]
+        self._active_at = time.monotonic()
         while values or changes:
             try:
                 self._commit(values, changes)
@@ -1691,10 +1704,9 @@ def main() -> int:
         server.serve()
     finally:
         signal.set_wakeup_fd(-1)
-        deadline = time.monotonic() + LAST_LINES_SECONDS
         if database:
             database.close(LAST_LINES_SECONDS)
-        terminal.close(max(0.0, deadline - time.monotonic()))
+        terminal.close(LAST_LINES_SECONDS)
     return 1 if bugs else 0
 
 
