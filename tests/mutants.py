@@ -272,7 +272,7 @@ slow-reader-watched-for-ever: test_a_slow_reader_that_has_caught_up_costs_no_cpu
 -                 del self._slow[member]
 +             if False:
 +                 del self._slow[member]
-second-look-not-passed-on: test_all_members_see_one_order
+second-look-not-passed-on: test_model or test_messages or test_slow_readers or test_commands or test_shutdown
 - self._pass_again = True
 + pass
 stream-not-forgotten: test_what_all_have_read_costs_no_memory
