@@ -10,7 +10,12 @@ The way of a message: handle_client reads it and calls broadcast_message, which 
 one entry to the outbox, under the lock.  The broadcaster moves all entries that are in
 the outbox to the end of one stream of bytes and makes a pass: each member gets one
 non-blocking send of what it has not had yet.  A member is a place in that stream; a slow
-reader is a member whose place is further behind.
+reader is a member whose place is further behind.  What only one member sees (a welcome, a
+refusal, a private message) is its own face of an entry, and a spot in its way there.
+
+How a connection ends: the client leaves (q, or EOF), it is lost (its peer is gone), or we
+drop it (too slow, or not joined in time); a newcomer without room is turned away.  Its
+handler removes it, once; then it lingers until the peer has closed its side too.
 """
 
 from __future__ import annotations
@@ -63,27 +68,28 @@ MAX_NAMES_LISTED = 20
 JOIN_SECONDS = 120.0
 GONE_SECONDS = 10.0  # a peer that is gone is read for so long: its flood keeps no name
 
-# Small, so that a message is passed on before many of its kind have piled up: the 99th
-# percentile of the latency under many small senders is half of that with 64 KiB.
+# One recv() is small, so that a message is passed on before many of its kind have piled
+# up: the 99th percentile of the latency under many small senders is half of that with
+# 64 KiB.
 RECEIVE_BYTES = 4096
-# Of one client in one entry: each line gets a name, of up to 128 bytes, and so one
+# Lines of one client in one entry: each gets a name, of up to 128 bytes, and so one
 # recv() of short lines could fill all of the outbox.
 MAX_LINES_AT_ONCE = 128
-# After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
+# The pause after each RECEIVE_BYTES of a line without end: it is read at 25 MB/s.
 PIECE_PAUSE_SECONDS = 0.0001
-# What may be in the outbox.  Handlers wait for room, so that a sender that is too fast
-# is slowed by its own TCP window.
+# The outbox is bounded.  Handlers wait for room, so that a sender that is too fast is
+# slowed by its own TCP window.
 MAX_OUTBOX_BYTES = 256 * 1024
-# What one member may have still to be sent.  The stream is shared: all slow readers
-# together hold this much once, not each.
+# A member may be so far behind.  The stream is shared: all slow readers together hold
+# this much once, not each.
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
-# What the spots of all slow readers together may take: the answers to /history, say.
+# The spots of all slow readers together may take so much: the answers to /history, say.
 MAX_SPOT_BYTES = 32 * 1024 * 1024
-# What an entry takes of memory besides its bytes, and a spot.
+# An entry takes so much memory besides its bytes, and so does a spot.
 ENTRY_BYTES = 200
-TURN_BYTES = 256 * 1024  # that one send offers: all of a full outbox
-# So often a pass looks at the outbox: members whose turn is still to come get at once
-# what was said meanwhile.  With more than this under way it does not.
+TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
+# A pass looks at the outbox so often: members whose turn is still to come get at once
+# what was said meanwhile.  While more than MAX_LOOK_BYTES are under way it does not.
 LOOKS_PER_PASS = 8
 MAX_LOOK_BYTES = 16 * 1024
 # Back-pressure: while a member is near its limit, passes of a full outbox come this far
@@ -98,8 +104,8 @@ POLL_SECONDS = 0.02  # between two looks at the connections that linger
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
-LAST_LINES_SECONDS = 0.2  # for them, after the shutdown
-# They come in bursts, and a batch costs little more than a line.
+LAST_LINES_SECONDS = 0.2  # for what still waits after the shutdown
+# Lines and messages come in bursts, and a batch costs little more than one of them.
 GATHER_SECONDS = 0.005
 
 HISTORY_MESSAGES = 20  # that a newcomer gets
@@ -114,7 +120,7 @@ SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
 
-# What accept(2) says of a lack that may pass, and of a connection that is gone again.
+# The errors of accept(2) for a lack that may pass, and for a peer that is gone again.
 EXHAUSTED = {
     errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
     getattr(errno, "WSAEMFILE", errno.EMFILE),
@@ -279,7 +285,7 @@ class ChatServer:
             due = [client.join_by for client in islice(self._unjoined, 1)]
         for client in late:
             reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
-            self._dismiss(client, "it has not joined in time", reason)
+            self._drop_unjoined(client, "it has not joined in time", reason)
         if self._lingering:
             due.append(self._poll_at)
         return min([self._accept_at, *due]) - now
@@ -331,10 +337,10 @@ class ChatServer:
         if oldest:
             why = "it had not joined, and others need the room"
             reason = "Others need the room, and you have not joined."
-            self._dismiss(oldest, why, reason)
+            self._drop_unjoined(oldest, why, reason)
         return True
 
-    def _dismiss(self, client: _Client, why: str, reason: str) -> None:
+    def _drop_unjoined(self, client: _Client, why: str, reason: str) -> None:
         """End a client that can no longer join; `reason` is for it, `why` for us."""
         client.dropped = why
         _send_at_once(client, protocol.refusal(reason))
@@ -694,7 +700,10 @@ class ChatServer:
         if self._database:
             self._database.closing.set()
         notice = protocol.notice("Server is shutting down.")
-        self._close_listener()
+        if self._accept_at == FOREVER:
+            self._arrivals.unregister(self._listener)
+        self._accept_at = FOREVER
+        self._listener.close()
         with self._lock:
             unjoined, self._unjoined = self._unjoined, {}
             clients = list(self._connections.values())
@@ -720,13 +729,8 @@ class ChatServer:
             self._broadcaster.close()
             self._arrivals.close()
 
-    def _close_listener(self) -> None:
-        if self._accept_at == FOREVER:
-            self._arrivals.unregister(self._listener)
-        self._accept_at = FOREVER
-        self._listener.close()
-
     def _await_hang_ups(self, deadline: float) -> None:
+        """Wait until all connections have ended, or the time has come."""
         while (now := time.monotonic()) < deadline:
             seconds = self._meet_deadlines()
             if not self._connections and not self._lingering:
@@ -979,7 +983,7 @@ class _Broadcaster:
     def _note_progress(self, member: _Client) -> None:
         """Watch the socket of a member that is behind, and only of such a member."""
         if member.place == sys.maxsize:
-            self._forget(member)  # it leaves, and has had all before that
+            self._stop_sending(member)  # it leaves, and has had all before that
         elif member.place == self._end and not member.spots:
             if member in self._slow:
                 del self._slow[member]
@@ -1009,24 +1013,23 @@ class _Broadcaster:
                 self._drop(member)
             else:
                 place, most = min(place, member.place), max(most, unsent)
-        first = self._end - len(self._stream)
-        del self._stream[: place - first]
+        del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
             fullness = min(1.0, taken / MAX_OUTBOX_BYTES)
             self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure * fullness
 
     def _drop(self, member: _Client) -> None:
-        """Send nothing more to a member, and wake its handler, which does the rest.
+        """End a member that is too slow, or lost; its handler does the rest.
 
-        What a member sent before its connection was lost can still be read.
+        One that is lost is not shut down: what it had sent can still be read.
         """
-        self._forget(member)
+        self._stop_sending(member)
         if member.dropped:
             _shut(member.socket, socket.SHUT_RDWR)
 
-    def _forget(self, member: _Client) -> None:
-        """Let go of a member that gets nothing more; if it leaves, its handler ends."""
+    def _stop_sending(self, member: _Client) -> None:
+        """Send nothing more to a member; if it is leaving, its handler need not wait."""
         del self._members[member]
         if member in self._slow:
             del self._slow[member]
