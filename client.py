@@ -15,26 +15,35 @@ knows which one it talks to.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before anything that takes time, or needs a new Python
-    import signal
+if __name__ == "__main__":
+    # Before the other imports take their time: Ctrl-C ends them without a traceback.
+    import _signal  # what signal is made of; that one takes its time itself
     import sys
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python still imports
-    if sys.hexversion < 0x030B0000:
-        sys.exit("client.py needs Python 3.11 or newer: try python3.11 client.py")
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit("client.py: needs Python 3.11 or newer (try python3.11 client.py)")
 
 import argparse
+import codecs
+import getpass
 import math
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+import unicodedata
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any, NamedTuple, Self
 
 import protocol
-from console import Draft, LineEditor, Pasted, PlainTerminal, Terminal, Woken
 from protocol import ServerLine
 
 try:
@@ -46,6 +55,16 @@ except ImportError:  # Windows
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
 RECEIVE_BYTES = 65536
+
+READ_BYTES = 4096  # of the keyboard or a pipe
+QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
+PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
+FORGET_SECONDS = 3.0  # that keys which never end may hold up the end of the program
+MAX_TYPED_CHARS = 1024 * 1024  # in one line or paste: what comes after is left out
+MAX_TYPED_AHEAD = 4096  # keys or lines; the rest waits in the system
+MAX_PASTED_LINES = 5  # that are sent without asking
+HISTORY_LINES = 1000
+NAMES_SEEN = 1000
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 CHOICES = {"1": "Join the chat", "q": "Leave the chat", "2": "Exit the program"}
@@ -527,6 +546,914 @@ def _shut_down(client_socket: socket.socket, how: int) -> None:
         client_socket.shutdown(how)
     except OSError:
         pass  # the server was quicker
+
+
+# --- keyboard and screen -------------------------------------------------------------
+
+Fact = Callable[[], bool]
+
+
+def _never() -> bool:
+    return False
+
+
+class Draft(NamedTuple):
+    """A line that is half typed, and the cursor's place in it, counted from the end."""
+
+    text: str = ""
+    behind: int = 0
+
+
+_EMPTY = Draft()
+
+
+class Woken(Exception):
+    """The main thread is wanted elsewhere, so that a prompt got no answer."""
+
+    def __init__(self, draft: Draft | None = None) -> None:
+        super().__init__()
+        self.draft = draft  # what was half typed, unless it is to be forgotten
+
+
+class Pasted(str):
+    """A line that was pasted: it is text, whatever it says."""
+
+
+# The local modes that are off while we get key by key; Ctrl-C and Ctrl-Z stay signals.
+_EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
+# A line that leaves, among those that were typed ahead.
+_LEAVES = re.compile(r"(?:^|[\r\n])(?:\x04|[ \t]*[qQ][ \t]*[\r\n])")
+
+
+class Terminal:
+    """What both kinds of terminal share: waiting, signals, modes and writing.
+
+    A subclass says how what is typed is cut into keys or lines (_cut), how a prompt is
+    answered (ask), and how lines are shown while one is typed (_show_text).
+    """
+
+    _kept_off = 0  # local modes, all the time
+    _idle_reads = 0  # in a row, that are empty and no end of input
+
+    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
+        """keyboard, screen: file descriptors; options: the flags of the program."""
+        self._keyboard, self._screen = keyboard, screen
+        self._times, self._bell = options.times, options.bell
+        self.person = os.isatty(keyboard)
+        self.leaving = False  # the person has asked to leave
+        # Guards the screen and what stands on it.  Held while writing to it.
+        self._lock = threading.RLock()
+        self._prompt: str | None = None  # of the line being typed, if one is
+        self._mention = re.compile("(?!)")  # our own name, once it is known
+        self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
+        self._input_ended, self._empty_reads = False, 0
+        self._reading = False
+        # For whoever wants the main thread's attention: nudge(), and signals.
+        self._waker, self._wake_receiver = socket.socketpair()
+        self._waker.setblocking(False)
+        self._ending = self._told = 0  # the signal that ends the program
+        found = termios.tcgetattr(keyboard) if termios and self.person else None
+        self._modes: list[Any] | None = found
+
+    def __enter__(self) -> Self:
+        # A Python handler runs on the main thread, between two steps of it; the byte
+        # that the signal itself writes ends the wait in _watch().
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, self._on_end)
+        if self._modes:  # there is something to put in order
+            for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT:
+                signal.signal(number, self._on_end)
+        self._set_modes(self._kept_off)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+        signal.set_wakeup_fd(-1)
+        self._waker.close()
+        self._wake_receiver.close()
+
+    def ask(
+        self,
+        prompt: str,
+        until: Fact = _never,
+        *,
+        hidden: bool = False,
+        draft: Draft = _EMPTY,
+    ) -> str | None:
+        """Return the line that is typed; None at the end of input.
+
+        until: raises Woken once this is so; it is looked at after every nudge.
+        hidden: what is typed is not shown, and remembered nowhere.
+        draft: what stands there already, where a line can be edited.
+        """
+        raise NotImplementedError
+
+    def know_name(self, name: str) -> None:
+        """Note the person's own name, which stands out in what others say."""
+        pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+        self._mention = re.compile(pattern, re.IGNORECASE)
+
+    # --- waiting --------------------------------------------------------------------
+
+    def wait(
+        self, fact: Fact, patience: float, writable: socket.socket | None = None
+    ) -> bool:
+        """Wait until this is so, with the keyboard watched; False if the person leaves.
+
+        They then wait so many seconds more, and as long as the socket goes on taking
+        what is sent.  The fact is looked at after every nudge, and if it is writable.
+        """
+        deadline = math.inf
+        while not fact():
+            if deadline == math.inf and self._wants_to_leave():
+                deadline = time.monotonic() + patience
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                return False
+            if self._watch(seconds, writable):
+                deadline = math.inf
+        return True
+
+    def _wants_to_leave(self) -> bool:
+        if self.leaving or self._input_ended and not self._ahead:
+            return True
+        # What is in a pipe is delivered, however long that takes.
+        return self.person and _LEAVES.search("".join(self._ahead)) is not None
+
+    def nudge(self) -> None:
+        """Let the main thread look at what it waits for.  For any thread."""
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # full of nudges, or nobody waits any more
+
+    def _watch(
+        self, seconds: float = math.inf, writable: socket.socket | None = None
+    ) -> bool:
+        """Wait for keys, a nudge or a signal, and take them; True if writable.
+
+        Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
+        """
+        inputs: list[Any] = [self._wake_receiver]
+        if os.name != "nt" and not self._input_ended:  # there it takes sockets only
+            inputs += [self._keyboard] if len(self._ahead) < MAX_TYPED_AHEAD else []
+        outputs = [writable] if writable else []
+        timeout = None if seconds == math.inf else seconds
+        readable, ready, _ = select.select(inputs, outputs, [], timeout)
+        if self._wake_receiver in readable:
+            self._wake_receiver.recv(READ_BYTES)
+        self._heed_signals()
+        if self._keyboard in readable:
+            self._read_keyboard()
+        return bool(ready)
+
+    def _read_keyboard(self) -> None:
+        # select() may have promised too much: Ctrl-C empties the system's buffer.
+        self._reading = True
+        try:
+            self._heed_signals()
+            chunk = os.read(self._keyboard, READ_BYTES)
+        except OSError:
+            chunk = b""  # the terminal has been closed
+        finally:
+            self._reading = False
+        self._empty_reads = 0 if chunk else self._empty_reads + 1
+        self._input_ended = self._empty_reads > self._idle_reads
+        self._ahead += self._cut(chunk)
+
+    def _cut(self, chunk: bytes) -> list[str]:
+        """Return the keys or lines that are complete now; b"": the input has ended."""
+        raise NotImplementedError
+
+    # --- signals, modes, and the end ------------------------------------------------
+
+    def _on_end(self, number: int, _: object) -> None:
+        """Note that the program is to end.  The second time end it at once.
+
+        The leaving may be stuck then, on a server or on a screen that takes nothing.
+        """
+        if self._ending:
+            self._restore()
+            os._exit(128 + number)
+        self._ending = number
+        if self._reading:  # and might be stuck with that
+            self._heed_signals()
+
+    def _heed_signals(self) -> None:
+        if self._ending != self._told:
+            self._told = self._ending
+            if self._ending == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + self._ending)
+
+    def _restore(self) -> None:
+        """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
+        self.forget_typed()
+        self._set_modes()
+
+    def forget_typed(self) -> None:
+        """Throw away what was typed ahead, lest the menu or the shell take it.
+
+        A terminal goes on sending the rest of a long paste after the system's buffer
+        has been emptied, so this waits until nothing comes any more.
+        """
+        if not self._modes:
+            return
+        deadline = time.monotonic() + FORGET_SECONDS
+        self._set_modes(_EDITED)
+        try:
+            while time.monotonic() < deadline:
+                if not select.select([self._keyboard], [], [], self._pause())[0]:
+                    break
+                if not (chunk := os.read(self._keyboard, READ_BYTES)):
+                    break
+                self._cut(chunk)
+        except OSError:
+            pass  # the terminal has been closed
+        self._ahead.clear()
+        self._set_modes(self._kept_off, flush=True)
+
+    def _pause(self) -> float:
+        """Return after how many seconds without a key no more will come."""
+        return QUIET_SECONDS
+
+    def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
+        """Set the modes that were found, but for some local ones that are off."""
+        if not self._modes:
+            return
+        modes = [*self._modes[:6], [*self._modes[6]]]
+        modes[3] &= ~off
+        if off & termios.ICANON:
+            modes[6][termios.VMIN] = modes[6][termios.VTIME] = 0  # never wait
+        try:
+            if flush:
+                termios.tcflush(self._keyboard, termios.TCIFLUSH)
+            # At once: output that is paused must not hold this up.
+            termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
+        except termios.error:
+            pass  # the terminal has been closed
+
+    # --- the screen -----------------------------------------------------------------
+
+    def show(self, *lines: ServerLine | str) -> None:
+        """Show whole lines above the one being typed.  For any thread."""
+        text = "".join([self._paint(line) + "\n" for line in lines])
+        if text:
+            with self._lock:
+                self._show_text(text)
+
+    def _show_text(self, text: str) -> None:
+        """Show lines, each with its newline.  Caller holds _lock."""
+        raise NotImplementedError
+
+    def _paint(self, line: ServerLine | str) -> str:
+        """Return a line as it is shown, with what the flags ask for."""
+        if isinstance(line, str):
+            return protocol.clean(line)
+        rings = line.private or line.name and self._mention.search(line.text)
+        bell = "\a" if rings and self._bell and self.person else ""
+        now = time.strftime("%H:%M ") if self._times else ""
+        return f"{bell}{now}{self._style(line)}"
+
+    def _style(self, line: ServerLine) -> str:
+        private = " (private)" if line.private else ""
+        head = f"{line.mark} " if line.mark else f"{line.name}{private}: "
+        return head + line.text if line.mark or line.name else line.text
+
+    def _write(self, text: str) -> None:
+        # Past sys.stdout, whose flush at exit would wait for a pipe that is full.
+        data = memoryview(text.encode(sys.stdout.encoding, "replace"))
+        try:
+            while data:
+                try:
+                    data = data[os.write(self._screen, data) :]
+                except BlockingIOError:  # some terminals are shared and do not block
+                    select.select([], [self._screen], [])
+        except OSError:
+            pass  # nobody reads any more; what is typed still counts
+
+
+class PlainTerminal(Terminal):
+    """Keyboard and screen without any escape sequence.
+
+    With a person at it, a prompt stands there while they type.  In a pipe it appears
+    together with the answer, so that what comes out reads like a session.
+    """
+
+    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
+        super().__init__(keyboard, screen, options)
+        # One over the limit is as good as any more: the server refuses it.
+        self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
+        self._last = b"\n"  # of what was read
+        self._until: Fact = _never
+
+    def ask(
+        self,
+        prompt: str,
+        until: Fact = _never,
+        *,
+        hidden: bool = False,
+        draft: Draft = _EMPTY,
+    ) -> str | None:
+        if hidden and os.name == "nt":
+            return getpass.getpass(prompt)
+        line = ""
+        try:
+            self._begin(prompt, until, hidden)
+            line = self._next_line(until)
+        finally:
+            self._finish(echoed=line.endswith("\n") and not hidden)
+        text = line.removesuffix("\n")
+        if line and not self.person:
+            self.show(prompt if hidden else prompt + text)
+        return text if line else None
+
+    def _begin(self, prompt: str, until: Fact, hidden: bool) -> None:
+        with self._lock:
+            self._prompt, self._until = prompt, until
+            if self.person:
+                self._write(prompt)
+        if hidden:
+            # What is half typed in the system's buffer is no part of the secret.
+            self._set_modes(termios.ECHO, flush=True)
+
+    def _finish(self, *, echoed: bool) -> None:
+        with self._lock:
+            self._prompt, self._until = None, _never
+            if self.person and not echoed:
+                self._write("\n")
+        self._set_modes()
+
+    def _next_line(self, until: Fact) -> str:
+        """Return the next line with its newline; "" at the end of input."""
+        while not self._ahead:
+            if until():
+                raise Woken
+            if self._input_ended:
+                return ""
+            if os.name == "nt":
+                self._read_keyboard()
+            else:
+                self._watch()
+        return self._ahead.popleft()
+
+    def _cut(self, chunk: bytes) -> list[str]:
+        chunk = chunk or b"\n".removeprefix(self._last)  # a last line counts
+        self._last = chunk[-1:]
+        lines = self._splitter.feed(chunk)
+        return [
+            f"{line.decode(protocol.ENCODING, 'surrogateescape')}\n" for line in lines
+        ]
+
+    def forget_typed(self) -> None:
+        super().forget_typed()
+        self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
+
+    def nudge(self) -> None:
+        super().nudge()
+        if os.name == "nt" and self._until():
+            self.show("(Please press Enter.)")  # nothing else ends its reading there
+
+    def _show_text(self, text: str) -> None:
+        if self.person and self._prompt is not None:
+            text = f"\n{text}{self._prompt}"
+        self._write(text)
+
+
+# --- keys ---------------------------------------------------------------------------
+
+_JOINER = "\u200d"  # of emoji, and of letters of some scripts
+
+
+def cell_width(char: str) -> int:
+    """Return how many cells of the screen a character takes: 0, 1 or 2."""
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _width_at(text: str, place: int) -> int:
+    """Return how many cells text[place] takes; joined emoji take those of one."""
+    width = cell_width(text[place])
+    if width and place and text[place - 1] == _JOINER:
+        base = place - 1
+        while base and not cell_width(text[base]):
+            base -= 1
+        if cell_width(text[base]) == 2:  # letters that are joined stand side by side
+            return 0
+    return width
+
+
+# Where a key takes the cursor.  A character is passed with all that combines with it,
+# so that no key stops inside one.
+def _left(text: str, place: int) -> int:
+    place = max(0, place - 1)
+    while place and not _width_at(text, place):
+        place -= 1
+    return place
+
+
+def _right(text: str, place: int) -> int:
+    place = min(place + 1, len(text))
+    while place < len(text) and not _width_at(text, place):
+        place += 1
+    return place
+
+
+def _word_left(text: str, place: int, gap: str = r"\W") -> int:
+    """Pass what is between two words, then a word."""
+    for in_gap in (True, False):
+        while place and bool(re.match(gap, text[_left(text, place)])) == in_gap:
+            place = _left(text, place)
+    return place
+
+
+def _word_right(text: str, place: int) -> int:
+    for in_gap in (True, False):
+        while place < len(text) and bool(re.match(r"\W", text[place])) == in_gap:
+            place = _right(text, place)
+    return place
+
+
+# key → where it takes the cursor, and whether it cuts what it passes
+_KEYS = {
+    key: (move, cuts)
+    for move, cuts, keys in [
+        (_left, False, "\x02 \x1b[D \x1bOD"),
+        (_left, True, "\x7f \x08"),
+        (_right, False, "\x06 \x1b[C \x1bOC"),
+        (_right, True, "\x04 \x1b[3~"),
+        (_word_left, False, "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D"),
+        (_word_left, True, "\x1b\x7f \x1b\x08"),
+        (_word_right, False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
+        (_word_right, True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
+        (lambda text, place: _word_left(text, place, r"\s"), True, "\x17"),
+        (lambda text, place: 0, False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
+        (lambda text, place: 0, True, "\x15"),
+        (lambda text, place: len(text), False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
+        (lambda text, place: len(text), True, "\x0b"),
+    ]
+    for key in keys.split(" ")
+}
+_RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
+
+# One key: an escape sequence (also one that breaks off), Alt and a character, or a
+# character.  What matches none of them is the beginning of a sequence.
+_KEY = re.compile(
+    r"\x1b+\[\[?+[0-?]*+[ -/]*+(?:[@-~]|(?=.))"
+    r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b]",
+    re.DOTALL,
+)
+_LONGEST_KEY = 64
+# Around what is pasted; a person may have pressed Escape before.
+_PASTE, _PASTE_END = re.compile(r"\x1b+\[200~"), "\x1b[201~"
+_PASTED = "\x1b[200~"  # begins the key that stands for a paste
+_BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
+
+
+class KeyReader:
+    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
+        self._rest = ""  # the beginning of a key
+
+    @property
+    def pasting(self) -> bool:
+        """Whether the end of a paste is still to come."""
+        return _PASTE.match(self._rest) is not None
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """Add what was read and return the keys that it completes."""
+        self._rest += self._decoder.decode(chunk)
+        keys, place = [], 0
+        while start := _PASTE.match(self._rest, place) or _KEY.match(self._rest, place):
+            if start.re is _PASTE:
+                end = self._rest.find(_PASTE_END, start.end())
+                if end < 0:
+                    break
+                text = self._rest[start.end() : end]
+                keys.append(_PASTED + text[:MAX_TYPED_CHARS])
+                place = end + len(_PASTE_END)
+            else:
+                keys.append(start[0])
+                place = start.end()
+        self._rest = self._rest[place:]
+        # Too much of one key is forgotten, but not the beginning of the end of a paste.
+        most = MAX_TYPED_CHARS if self.pasting else _LONGEST_KEY
+        if len(self._rest) > most + READ_BYTES:
+            self._rest = self._rest[: most + _LONGEST_KEY] + self._rest[-_LONGEST_KEY:]
+        return keys
+
+
+class History:
+    """The messages that were sent, and the one being typed as the newest of them."""
+
+    def __init__(self) -> None:
+        self._sent: deque[str] = deque(maxlen=HISTORY_LINES)
+        self.start()
+
+    def add(self, text: str) -> None:
+        """Note a message."""
+        if text.strip() and (not self._sent or self._sent[-1] != text):
+            self._sent.append(text)
+
+    def start(self) -> None:
+        """Begin a new message; what was changed in the old ones is as it was sent."""
+        self._drafts = [*self._sent, ""]
+        self._place = len(self._drafts) - 1
+
+    def move(self, steps: int, text: str) -> str:
+        """Return the message so many steps newer; text: the one left, as it is now."""
+        self._drafts[self._place] = text
+        self._place = min(max(0, self._place + steps), len(self._drafts) - 1)
+        return self._drafts[self._place]
+
+
+class Names:
+    """The names that lines from the server have shown."""
+
+    # In a notice: "NAME has joined …", "… online: NAME, NAME and 3 more.", "… NAME, NAME"
+    _NOTICE = re.compile(
+        r"(?:^(?=\S+ has (?:joined|left) )|online: |^… |, |^\[.*?\] )"
+        r"([^\s,]+?)(?=,|: |\.?$| has | and \d)"
+    )
+
+    def __init__(self) -> None:
+        self._seen: dict[str, str] = {}  # key → name, the last one seen last
+
+    def see(self, line: ServerLine) -> None:
+        """Note the names in a line."""
+        found = self._NOTICE.findall(line.text) if line.mark == "*" else []
+        for name in [line.name, *found]:
+            if 0 < len(name) <= protocol.MAX_NAME_CHARS:
+                key = protocol.name_key(name)
+                self._seen.pop(key, None)
+                self._seen[key] = name
+        while len(self._seen) > NAMES_SEEN:
+            del self._seen[next(iter(self._seen))]
+
+    def beginning_with(self, start: str) -> list[str]:
+        """Return the names that begin so in any case, the one seen last first."""
+        key = protocol.name_key(start)
+        return [n for k, n in reversed(self._seen.items()) if k.startswith(key)]
+
+
+# --- the line editor ----------------------------------------------------------------
+
+# Red is for refusals, magenta for private messages.
+_NAME_COLOURS = (32, 33, 34, 36, 92, 93, 94, 96)
+_MARK_STYLES = {"*": 2, "!": 31, "?": 1}
+_PRIVATE_COLOUR = 35
+
+
+class LineEditor(Terminal):
+    """Keyboard and screen of a terminal, with the line being typed at the bottom.
+
+    The screen is changed in one write at a time: from the first row of the line down
+    everything is cleared, what others wrote comes there, and prompt and line again
+    below it.
+    """
+
+    _kept_off = _EDITED
+    _idle_reads = 2
+
+    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
+        super().__init__(keyboard, screen, options)
+        self._colours = not os.environ.get("NO_COLOR")
+        self._keys = KeyReader()
+        self._last_key_at = 0.0
+        self._history, self._names = History(), Names()
+        self._text, self._place = "", 0  # the line being typed, and its cursor
+        self._hidden = False  # it is not shown, and remembered nowhere
+        self._single = False  # of what is pasted only the first line is of use
+        self._block: list[str] = []  # lines that were pasted just now
+        self._pasted: deque[str] = deque()  # and those that are to be sent
+        self._fitting: Iterator[str] | None = None  # names, for Tab once more
+        self._shown = ("", "")  # of prompt and line on the screen, around the cursor
+        self._stop_asked = self._continued = False
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        signal.signal(signal.SIGWINCH, lambda *_: None)  # to wake is enough
+        signal.signal(signal.SIGTSTP, self._on_stop)
+        signal.signal(signal.SIGCONT, self._on_continue)
+        self._write(_BRACKETS_ON)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        for number in signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _restore(self) -> None:
+        super()._restore()
+        if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
+            self._write(_BRACKETS_OFF)
+
+    # --- Ctrl-Z and fg --------------------------------------------------------------
+
+    def _on_stop(self, *_: object) -> None:
+        self._stop_asked = True
+
+    def _on_continue(self, *_: object) -> None:
+        self._continued = True
+
+    def _heed_signals(self) -> None:
+        super()._heed_signals()
+        if self._stop_asked:
+            self._stop()
+        if self._continued:
+            self._continued = False
+            self._set_modes(_EDITED)
+            with self._lock:
+                self._write(_BRACKETS_ON)
+                self._shown = ("", "")  # the shell has written since
+
+    def _stop(self) -> None:
+        """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
+        with self._lock:
+            if self._prompt is not None:
+                self._finish_line()
+            self._write(_BRACKETS_OFF)
+            self._set_modes()
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTSTP)
+            signal.signal(signal.SIGTSTP, self._on_stop)
+            self._stop_asked, self._continued = False, True
+
+    # --- lines ----------------------------------------------------------------------
+
+    def ask(
+        self,
+        prompt: str,
+        until: Fact = _never,
+        *,
+        hidden: bool = False,
+        draft: Draft = _EMPTY,
+    ) -> str | None:
+        self._hidden = hidden
+        while not self._pasted:
+            answer = self._read_line(prompt, until, draft, single=hidden)
+            if not self._block:
+                break
+            block, self._block = self._block, []
+            draft = Draft(block[0])
+            if self._may_send(block, until):
+                self._pasted.extend(block)
+        if self._pasted:
+            answer = Pasted(self._pasted.popleft())
+            self.show(prompt + answer)
+        if answer and until is not _never and not hidden:
+            self._history.add(answer)
+        return answer
+
+    def _may_send(self, lines: list[str], until: Fact) -> bool:
+        """Ask before many lines are sent; Enter alone means No."""
+        if len(lines) <= MAX_PASTED_LINES:
+            return True
+        try:
+            question = f"Send {len(lines)} lines? [y/N] "
+            answer = self._read_line(question, until, single=True)
+        except Woken:
+            raise Woken(Draft(lines[0])) from None
+        return (answer or "").strip().lower() in ("y", "yes")
+
+    def _read_line(
+        self, prompt: str, until: Fact, draft: Draft = _EMPTY, *, single: bool
+    ) -> str | None:
+        """Return the line that is typed; None for Ctrl-D, or if lines were pasted."""
+        with self._lock:
+            self._prompt, self._single = prompt, single
+            self._text, self._place = draft.text, len(draft.text) - draft.behind
+            self._history.start()
+            self._draw()
+        stays = True
+        try:
+            return self._edit_line(until)
+        except Woken:
+            stays = False
+            raise
+        finally:
+            with self._lock:
+                if stays and not self._block:
+                    self._finish_line()
+                else:
+                    self._write(self._erase())
+                self._prompt = None
+
+    def _edit_line(self, until: Fact) -> str | None:
+        """Let keys change the line until one of them ends it."""
+        while not self._block and (key := self._next_key(until)):
+            if key in "\r\n":
+                return self._text
+            if key == "\x04" and not self._text:
+                break
+            with self._lock:
+                self._edit(key)
+                if not self._ahead:
+                    self._draw()
+        return None
+
+    def _next_key(self, until: Fact) -> str:
+        """Return the next key; "" at the end of input.  Raises Woken."""
+        while not self._ahead:
+            if until():
+                behind = len(self._text) - self._place
+                raise Woken(None if self._hidden else Draft(self._text, behind))
+            if self._input_ended:
+                return ""
+            self._watch()
+            if not self._ahead:
+                with self._lock:
+                    self._draw()  # the window's size has changed, or all is forgotten
+        return self._ahead.popleft()
+
+    def _edit(self, key: str) -> None:
+        """Change the line as a key asks for.  Caller holds _lock."""
+        if key == "\t":
+            self._complete()
+            return
+        self._fitting = None
+        if key in _KEYS:
+            move, cuts = _KEYS[key]
+            start, end = sorted((self._place, move(self._text, self._place)))
+            if cuts:
+                self._text, self._place = self._text[:start] + self._text[end:], start
+            else:
+                self._place = start + end - self._place
+        elif key in _RECALLS and not self._hidden:
+            self._text = self._history.move(_RECALLS[key], self._text)
+            self._place = len(self._text)
+        elif key == "\x0c":
+            self._write("\x1b[H\x1b[2J")
+            self._shown = ("", "")
+        elif key.startswith(_PASTED):
+            self._paste(key.removeprefix(_PASTED))
+        elif key >= " " and key[0] != "\x1b":
+            self._insert(key)
+
+    def _insert(self, text: str, instead_of: int = 0) -> None:
+        """Insert a text in place of so many characters before the cursor."""
+        before = self._text[: self._place - instead_of]
+        after = self._text[self._place :]
+        text = text[: max(0, MAX_TYPED_CHARS - len(self._text))]
+        self._text, self._place = before + text + after, len(before + text)
+
+    def _paste(self, text: str) -> None:
+        """Insert a line; of a longer text put the lines into _block.
+
+        The last one stays here if it has no end, unless there is to be a question.
+        """
+        first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
+        if self._single or not more:
+            self._insert(first)
+            return
+        *lines, rest = self._text[: self._place] + first, *more
+        rest += self._text[self._place :]
+        lines = [line for line in lines if line.strip()]
+        if len(lines) + bool(rest.strip()) > MAX_PASTED_LINES:
+            lines += [rest] if rest.strip() else []
+        else:
+            self._ahead.appendleft(_PASTED + rest)
+        self._text, self._place, self._block = "", 0, lines
+
+    def _complete(self) -> None:
+        """Complete a name that was seen; once more: the next one that fits."""
+        stem = self._text[: self._place].rpartition(" ")[2]
+        if self._fitting is None:
+            names = self._names.beginning_with(stem)
+            names = [name for name in names if not self._mention.fullmatch(name)]
+            after_msg = self._text[: self._place].lower() == "/msg "
+            if self._hidden or not names or not (stem or after_msg):
+                self._insert(protocol.clean("\t"))
+                return
+            self._fitting = cycle(names)
+        self._insert(next(self._fitting), instead_of=len(stem))
+
+    # --- the keyboard ---------------------------------------------------------------
+
+    def _cut(self, chunk: bytes) -> list[str]:
+        self._last_key_at = time.monotonic()
+        return self._keys.feed(chunk)
+
+    def _watch(
+        self, seconds: float = math.inf, writable: socket.socket | None = None
+    ) -> bool:
+        if not self._keys.pasting:
+            return super()._watch(seconds, writable)
+        goes_on = super()._watch(min(seconds, PASTE_SECONDS), writable)
+        if time.monotonic() - self._last_key_at >= PASTE_SECONDS:
+            self._ahead += self._cut(_PASTE_END.encode())  # it will not come any more
+        return goes_on
+
+    def forget_typed(self) -> None:
+        super().forget_typed()
+        self._pasted.clear()
+
+    def _pause(self) -> float:
+        return PASTE_SECONDS if self._keys.pasting else QUIET_SECONDS
+
+    # --- the screen -----------------------------------------------------------------
+
+    def _style(self, line: ServerLine) -> str:
+        text = super()._style(line)
+        if not self._colours or not (line.mark or line.name):
+            return text
+        if line.mark:
+            return f"\x1b[{_MARK_STYLES[line.mark]}m{text}\x1b[m"
+        said = self._mention.sub("\x1b[1m\\g<0>\x1b[22m", line.text)
+        head = text.removesuffix(line.text)
+        if line.private:
+            return f"\x1b[{_PRIVATE_COLOUR}m{head}{said}\x1b[m"
+        colour = _NAME_COLOURS[zlib.crc32(line.name.encode()) % len(_NAME_COLOURS)]
+        return f"\x1b[{colour}m{line.name}\x1b[m: {said}"
+
+    def _paint(self, line: ServerLine | str) -> str:
+        if isinstance(line, ServerLine):
+            self._names.see(line)
+        return super()._paint(line)
+
+    def _show_text(self, text: str) -> None:
+        if self._prompt is None:
+            self._write(text)
+        else:
+            self._draw(text)
+
+    def _finish_line(self) -> None:
+        """Leave the line on the screen, whole; go on below it.  Caller holds _lock."""
+        text = "" if self._hidden else self._text
+        self._write(f"{self._erase()}{self._prompt}{text}\n")
+
+    def _erase(self) -> str:
+        """Return what clears prompt and line from the screen.  Caller holds _lock."""
+        before, after = self._shown
+        self._shown = ("", "")
+        up = _places(before + after, self._size()[0])[len(before)][0]
+        # Not from the first cell: at the top of the screen tmux would take that for
+        # clearing all of it, and keep what stood there in its history.
+        return f"\r{_move(up, 'A')}\x1b[K \x1b[J\r"
+
+    def _draw(self, above: str = "") -> None:
+        """Write lines above the prompt, and prompt and line again, in one write.
+
+        Caller holds _lock.
+        """
+        columns, rows = self._size()
+        text, place = ("", 0) if self._hidden else (self._text, self._place)
+        before, after = _window(
+            f"{self._prompt}{text[:place]}", text[place:], columns, rows - 1
+        )
+        places = _places(before + after, columns)
+        (end_row, end_column), (row, column) = places[-1], places[len(before)]
+        self._write(
+            f"{self._erase()}{above}{before}{after}"
+            # A row that is exactly full: makes the terminal really go to the next one.
+            + (" \r" if end_row and not end_column else "")
+            + f"\r{_move(end_row - row, 'A')}{_move(column, 'C')}"
+        )
+        self._shown = (before, after)
+
+    def _size(self) -> tuple[int, int]:
+        """Return columns and rows of the window, as they are now."""
+        try:
+            columns, rows = os.get_terminal_size(self._screen)
+        except OSError:
+            columns = rows = 0
+        return columns or 80, rows or 24
+
+
+def _move(steps: int, direction: str) -> str:
+    return f"\x1b[{steps}{direction}" if steps else ""
+
+
+def _places(text: str, columns: int) -> list[tuple[int, int]]:
+    """Return row and column of every character, and of the place behind the last."""
+    places = []
+    row = column = 0
+    for place in range(len(text)):
+        width = _width_at(text, place)
+        if column + width > columns:  # a wide character goes to the next row whole
+            row, column = row + 1, 0
+        places.append((row, column))
+        column += width
+    places.append((row, column) if column < columns else (row + 1, 0))
+    return places
+
+
+def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]:
+    """Return the part of a line around the cursor that fits into so many rows."""
+    # Of a very long line look at what may be near only, from the beginning of a row.
+    near = columns * (rows + 1)
+    start = max(0, len(before) - near) // columns * columns
+    before, after = before[start:], after[:near]
+    places = _places(before + after, columns)
+    last_row = max(rows - 1, places[len(before)][0])
+    inside = [last_row - rows < row <= last_row for row, _ in places[:-1]]
+    return (
+        "".join([c for c, shown in zip(before, inside) if shown]),
+        "".join([c for c, shown in zip(after, inside[len(before) :]) if shown]),
+    )
 
 
 if __name__ == "__main__":
