@@ -29,6 +29,7 @@ MAX_NAME_CHARS = 32
 
 QUIT_LINES = frozenset({b"q", b"Q"})
 RESERVED_NAMES = frozenset({"you", "server", "q"})
+PASSWORD_CHARS = range(8, 129)  # fewer are guessed, more are no safer
 # How the refusal for want of room begins: the client need not try again at once.
 FULL = "The chat is full"
 
@@ -113,6 +114,15 @@ def decode_shown(line: bytes) -> str:
         return clean(line.decode(ENCODING, "replace"))
     # "ignore": the cut may have gone through a character.
     return clean(line[:MAX_SHOWN_BYTES].decode(ENCODING, "ignore")) + "…"
+
+
+def check_password(line: bytes) -> bytes:
+    """Return a password to be kept.  Raises ProtocolError if it may not be used."""
+    decode_message(line)
+    if len(line.decode(ENCODING)) not in PASSWORD_CHARS:
+        shortest, longest = PASSWORD_CHARS[0], PASSWORD_CHARS[-1]
+        raise ProtocolError(f"A password has {shortest} to {longest} characters.")
+    return line
 
 
 def encode_line(text: str) -> bytes:

@@ -1,37 +1,50 @@
-"""The chat server: a thread per client reads, one thread at a time sends to all.
+"""The chat server: a thread per client reads, the broadcaster sends to all.
 
 Threads:
-  main          accept_connections: accepts, starts a handler each; then shuts down
-  handlers      handle_client, one per client: read, check, append to the log
-  broadcaster   sends to the members, with a handler's help where that is quicker
-  log writer    what the terminal shows
+  main          accept_connections: accepts and closes; at the end runs the shutdown
+  handlers      handle_client, one per client: read, check, append to the outbox
+  broadcaster   all that is ever sent to members
+  recorder      writes what the terminal shows
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
-one entry to a log, under the lock.  Whoever sends at the moment takes all entries that
-wait, joins them into one block and does one non-blocking send per member: a round.
-While nobody reads too slowly, what is said meanwhile joins the broadcaster's round.
-What a socket does not take waits in a chain of blocks that all slow readers share.
+one entry to the outbox, under the lock.  The broadcaster moves all entries that are in
+the outbox to the end of one stream of bytes and makes a pass: each member gets one
+non-blocking send of what it has not had yet.  A member is a place in that stream; a slow
+reader is a member whose place is further behind.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the other imports take their time: Ctrl-C ends them without a traceback.
+    import _signal  # type: ignore[import-not-found]  # signal itself takes its time
+    import sys
+
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit("server.py: needs Python 3.11 or newer (try python3.11 server.py)")
+
 import argparse
-import enum
-import logging
-import math
+import errno
+import hashlib
 import os
-import random
+import secrets
 import select
 import selectors
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import chain, cycle, islice
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import chain, islice, takewhile
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import protocol
 from protocol import ProtocolError
@@ -44,201 +57,993 @@ except ImportError:  # Windows
 MAX_CLIENTS = 1000
 LINES_PER_SECOND = 100  # faster than anybody types, slow enough for others to read
 BURST_SECONDS = 10  # a burst holds the lines of so many seconds
-ALLOWANCE_PAUSE_SECONDS = 0.05  # who may not send more now is read again after that
+THROTTLE_PAUSE_SECONDS = 0.05  # a client that may not send now is read again after that
 MAX_NAMES_TRIED = 5
 MAX_NAMES_LISTED = 20
 JOIN_SECONDS = 120.0
+GONE_SECONDS = 10.0  # a peer that is gone is read for so long: its flood keeps no name
 
 # Small, so that a message is passed on before many of its kind have piled up: the 99th
 # percentile of the latency under many small senders is half of that with 64 KiB.
 RECEIVE_BYTES = 4096
-# From one client, in one entry of the log: each line gets a name, of up to 128 bytes,
-# and so a recv() of short ones could fill all of the log.
+# Of one client in one entry: each line gets a name, of up to 128 bytes, and so one
+# recv() of short lines could fill all of the outbox.
 MAX_LINES_AT_ONCE = 128
-# So often at most a round takes in what is said meanwhile, while each member has one
-# turn.  Each time costs some microseconds.
-GROWTHS_PER_ROUND = 8
-# A round in which everybody gets as much does not grow: it is to pass on little quickly.
-MAX_GROWING_BYTES = 16 * 1024
 # After each RECEIVE_BYTES of a line that is too long: some 25 MB/s of it are read.
 PIECE_PAUSE_SECONDS = 0.0001
-# What may wait for one member.  The blocks are shared: all slow readers together hold
-# this much once, not each.
-MAX_BACKLOG_BYTES = 4 * 1024 * 1024
-# Rounds that wait are joined up to this size: each takes some memory besides.
-LINK_BYTES = 16 * 1024
-CUT_BYTES = 200  # of memory, for each place where a slow reader sees something else
-# What may wait in the log for the next round.  Handlers wait for room, so that a sender
-# that is too fast is slowed by its own TCP window.
-MAX_LOG_BYTES = 256 * 1024
-# While a slow reader is near its limit, full rounds come this far apart: 3.3 MB/s.  A
-# member that reads 4 MB/s keeps up, and everybody else waits less than 100 ms.
-FULL_ROUND_SECONDS = 0.08
-# Pauses shorter than this are added up: no timer is that fine.
-ROUND_SLACK_SECONDS = 0.002
-# After a round that tells of joins: so many times as long as that took, so that in a
-# storm of them one round tells of many, and the time goes into joining, not telling.
-JOIN_PAUSE = 4
-MAX_JOIN_PAUSE_SECONDS = 0.02
-# Nothing sent for so long: the room is quiet, and a handler may send itself.
-QUIET_SECONDS = 0.001
-# What one send takes from a backlog: enough for speed, little enough to be fair.
-FLUSH_BYTES = 64 * 1024
+# What may be in the outbox.  Handlers wait for room, so that a sender that is too fast
+# is slowed by its own TCP window.
+MAX_OUTBOX_BYTES = 256 * 1024
+# What one member may have still to be sent.  The stream is shared: all slow readers
+# together hold this much once, not each.
+MAX_UNSENT_BYTES = 4 * 1024 * 1024
+# Of memory, for each entry, and for each spot where a member sees something else.
+ENTRY_BYTES = 200
+TURN_BYTES = 256 * 1024  # that one send offers: all of a full outbox
+# So often a pass looks at the outbox: members whose turn is still to come get at once
+# what was said meanwhile.  With more than this under way it does not.
+LOOKS_PER_PASS = 8
+MAX_LOOK_BYTES = 16 * 1024
+# Back-pressure: while a member is near its limit, passes of a full outbox come this far
+# apart, 3.3 MB/s.  A member that reads 4 MB/s keeps up, and others wait under 100 ms.
+FULL_PASS_SECONDS = 0.08
 
 LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
-SPARE_DESCRIPTORS = 64  # for all but the clients, and those who are turned away
-LINGER_SECONDS = 1.0  # for the last lines to one who leaves
+SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
+LINGER_SECONDS = 1.0  # for the last lines to a client that leaves
+LOOK_SECONDS = 0.02  # between two looks at the connections that linger
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
-MAX_UNWRITTEN_LINES = 10_000  # that wait for the terminal
+MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
 LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
-# Lines come in bursts, and to wake a thread for each would slow those who write them.
+# They come in bursts, and a batch costs little more than a line.
 GATHER_SECONDS = 0.005
 
-FOREVER = float("inf")
-MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
+HISTORY_MESSAGES = 20  # that a newcomer gets
+MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
+SCHEMA_VERSION = 1  # PRAGMA user_version of the database
+ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
+BUSY_SECONDS = 1.0  # that another program may keep the database locked at a time
+RETRY_SECONDS = 0.5  # after a write to the database has failed
+SALT_BYTES = 16
+SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
+MAX_HASHES_AT_ONCE = 2
 
-logger = logging.getLogger("chat.server")
+# What accept(2) says of a lack that may pass, and of a connection that is gone again.
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+GONE_AGAIN = {
+    errno.ECONNABORTED, errno.EAGAIN, errno.EPERM, errno.EPROTO, errno.ENOPROTOOPT,
+    errno.EOPNOTSUPP, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}  # fmt: skip
+
+FOREVER = float("inf")
+# Where there is only select(), on Windows, it takes no more than 512 sockets.
+ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
+MAX_WATCHED = 500 if ONLY_SELECT else sys.maxsize
+MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 
 
 class _Client:
-    """One connection."""
-
-    __slots__ = (
-        "broken",
-        "cut_bytes",
-        "cut_off",
-        "farewell",
-        "join_by",
-        "link",
-        "name",
-        "offset",
-        "peer",
-        "released",
-        "send",
-        "socket",
-        "thread",
-        "waiting_bytes",
-    )  # fmt: skip
+    """One connection; once it has joined, a member: a place in the stream."""
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
         self.socket = client_socket
-        self.send = _sender(client_socket)  # for whoever sends to it
-        self.peer = peer  # "address:port", for the log
+        self.send = _sender(client_socket)
+        self.peer = peer  # "address:port"
         self.thread: threading.Thread | None = None  # its handler
         self.name = ""  # until it has joined
         self.join_by = time.monotonic() + JOIN_SECONDS
-        self.cut_off = ""  # why we have ended it: its handler stops reading
-        self.farewell = b""  # the last line to one who has not joined
-        self.broken = ""  # why sending to it failed: what it sent is still read
+        self.answer: Callable[[bytes], None] | None = None  # takes its next line
+        self.dropped = ""  # why we end it: its handler reads no more
+        self.lost = ""  # why its peer is gone: what that sent before is still read,
+        self.read_until = FOREVER  # but no longer than this
         self.released: threading.Event | None = None  # set after the last send to it
-        # The backlog, the sender's alone: so many bytes, the first of them at `offset`
-        # of what this client sees of `link` (from the end of the round on in which it
-        # began); and what its cuts in the chain take.
-        self.waiting_bytes = 0
-        self.link: _Round | None = None
-        self.offset = 0
-        self.cut_bytes = 0
+        # The broadcaster's own: up to where it has been sent the stream, and the spots
+        # behind that where it sees its own face of an entry, not the bytes from start
+        # to end.
+        self.place = 0
+        self.spots: list[tuple[int, int, bytes]] = []  # start, end, face
+        self.spot_bytes = 0  # of memory
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
 
+    def lose(self, reason: str) -> None:
+        """Note that the peer is gone for good."""
+        if not self.lost:
+            self.lost, self.read_until = reason, time.monotonic() + GONE_SECONDS
 
-class _Move(enum.Enum):
-    """What an entry of the log changes about who is in."""
-
-    NONE = enum.auto()
-    JOIN = enum.auto()
-    LEAVE = enum.auto()
+    def is_read_out(self) -> bool:
+        """Tell whether a peer that is gone for good has been read for long enough."""
+        try:
+            self.socket.getpeername()  # fails once the connection has been reset
+        except OSError:
+            self.lose(os.strerror(errno.ECONNRESET))
+        return time.monotonic() > self.read_until
 
 
 class _Entry(NamedTuple):
-    """One entry of the log: its client sees `to_self`, everybody else `to_others`."""
+    """One entry of the outbox: its client sees `to_self`, all others `to_others`."""
 
     client: _Client | None
     to_others: bytes
     to_self: bytes = b""
-    move: _Move = _Move.NONE
+    joins: bool = False  # from here on it gets the stream
+    leaves: bool = False  # and from here on no more
+
+    def size(self) -> int:
+        """Return how many bytes of memory it takes."""
+        return ENTRY_BYTES + len(self.to_others) + len(self.to_self)
 
 
-def _who_moves(entries: list[_Entry], move: _Move) -> list[_Client]:
-    return [entry.client for entry in entries if entry.move is move and entry.client]
+class ChatServer:
+    """The room: who is in, and the threads that serve them.
 
-
-class _Cut(NamedTuple):
-    """Where a client sees something else than the others do."""
-
-    start: int  # in bytes of the block
-    end: int
-    instead: bytes
-
-    def bytes_kept(self) -> int:
-        """Return how much memory it takes."""
-        return CUT_BYTES + len(self.instead)
-
-
-class _Round:
-    """What some members have still to be sent, and a link in the chain of backlogs.
-
-    A slow reader holds on to the link it is in, and through `next` to all behind it.
-    Links are freed by reference count, when the slowest reader has got past them.
+    Creating it binds and listens; serve() does the rest.  port: 0 takes a free one.
+    lines_per_second: 0 is no limit.  tell: takes what is for the server's terminal, one
+    line or several, and never waits.  Raises OSError or UnicodeError if the host is
+    unknown, OSError if the port is taken.
     """
 
-    __slots__ = ("block", "cut_bytes", "cuts", "end", "next")
+    def __init__(
+        self, host: str = protocol.DEFAULT_HOST, port: int = protocol.DEFAULT_PORT, *,
+        max_clients: int = MAX_CLIENTS, lines_per_second: int = LINES_PER_SECOND,
+        tell: Callable[[str], None] = lambda lines: None, tell_messages: bool = True,
+        database: Database | None = None,
+    ) -> None:  # fmt: skip
+        self._max_clients = max_clients
+        self._lines_per_second = lines_per_second
+        self._tell_messages = tell_messages
+        self._tell = tell
+        self._database = database
+        self._commands = _COMMANDS | (_DATABASE_COMMANDS if database else {})
+        self._stopping = False
 
-    def __init__(self, entries: list[_Entry]) -> None:
-        """Join the entries; note what those who wrote some of them see instead."""
-        self.block = b"".join([entry.to_others for entry in entries])
-        self.end = len(self.block)  # in bytes from the beginning of the chain
-        self.cuts: dict[_Client, list[_Cut]] = {}
-        self.cut_bytes = 0  # what those have taken that were kept
-        self.next: _Round | None = None
-        end = 0
-        for client, to_others, to_self, move in entries:
-            start, end = end, end + len(to_others)
-            if client:
-                first = 0 if move is _Move.JOIN else start
-                last = len(self.block) if move is _Move.LEAVE else end
-                self.cuts.setdefault(client, []).append(_Cut(first, last, to_self))
+        # The main thread's own.
+        self._listener = _listen(host, port)
+        host, port = self._listener.getsockname()[:2]
+        self.address = _format_address((host, port))
+        self.is_local = host == "::1" or host.startswith("127.")
+        self._accept_at = FOREVER  # when to try again, after something has run out
+        self._exhausted = False  # it has, and the terminal was told
+        self._arrivals = _Selector()  # watches the listener; stop() wakes it
+        self._arrivals.register(self._listener, selectors.EVENT_READ)
+        self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
+        # Connections that we have ended, until the peer ends them too: socket → the
+        # time at which we wait no longer.  Handlers add, only the main thread removes.
+        self._lingering: dict[socket.socket, float] = {}
 
-    def data(self, client: _Client) -> bytes:
-        """Return the bytes that the client sees."""
-        if client not in self.cuts:
-            return self.block
-        shared, seen = memoryview(self.block), 0
-        parts: list[bytes | memoryview] = []
-        for start, end, instead in self.cuts[client]:
-            parts += shared[seen:start], instead
-            seen = end
-        return b"".join([*parts, shared[seen:]])
+        # Guards the names below, and the outbox, which change together.  Held for table
+        # operations only: never while sending, receiving or joining a thread.
+        self._lock = threading.Lock()
+        self.clients: dict[str, socket.socket] = {}  # username → socket
+        self._owners: dict[str, _Client] = {}  # name_key() of these names → member
+        self._unjoined: dict[_Client, None] = {}  # in order of arrival
+        self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
+        self._outbox = _Outbox(self._lock, tell)
+        self._broadcaster = _Broadcaster(self._outbox, self._release_all)
 
-    def keep_cuts_of(self, clients: set[_Client]) -> None:
-        """Forget what only others than these see; note what theirs take."""
-        self.cuts = {c: cuts for c, cuts in self.cuts.items() if c in clients}
-        for client, cuts in self.cuts.items():
-            kept = sum(map(_Cut.bytes_kept, cuts))
-            client.cut_bytes += kept
-            self.cut_bytes += kept
+    def serve(self) -> None:
+        """Run the chat until stop() is called, or the broadcaster ends with a bug."""
+        run = self._broadcaster.run
+        broadcaster = threading.Thread(target=run, name="broadcaster")
+        broadcaster.start()
+        try:
+            self.accept_connections()
+        finally:
+            self._shut_down(broadcaster)
 
-    def pass_by(self, client: _Client) -> None:
-        """Forget what only this client sees."""
-        client.cut_bytes -= sum(map(_Cut.bytes_kept, self.cuts.pop(client, ())))
+    def stop(self) -> None:
+        """Make serve() shut down in order and return.  For any thread, at any time."""
+        self._stopping = True
+        self._arrivals.wake()
 
-    def append(self, later: _Round) -> None:
-        """Make the next round a part of this link: many small ones take much memory."""
-        shift = len(self.block)
-        for client, cuts in later.cuts.items():
-            self.cuts.setdefault(client, []).extend(
-                _Cut(start + shift, end + shift, instead)
-                for start, end, instead in cuts
-            )
-        self.cut_bytes += later.cut_bytes
-        self.block += later.block
-        self.end += len(later.block)
+    # --- connections come and go: the main thread -----------------------------------
+
+    def accept_connections(self) -> None:
+        """Accept clients until told to stop; each one gets a thread of its own.
+
+        Out of file descriptors, memory or threads, it leaves the connections that come
+        in the listener's queue and tries again a little later.
+        """
+        while not self._stopping:
+            self._attend(FOREVER)
+
+    def _attend(self, seconds: float) -> None:
+        """Wait, so long at most, for a connection to come or to end; see to it."""
+        if self._arrivals.wait(min(seconds, self._meet_deadlines())):
+            self._accept_one()
+
+    def _meet_deadlines(self) -> float:
+        """Do what is due; return the seconds until more may be."""
+        now = time.monotonic()
+        if now >= self._accept_at:
+            self._accept_at = FOREVER
+            self._arrivals.register(self._listener, selectors.EVENT_READ)
+        for client_socket, close_at in self._lingering.copy().items():
+            if now >= close_at or _has_ended(client_socket):
+                del self._lingering[client_socket]
+                client_socket.close()
+        with self._lock:
+            late = list(takewhile(lambda client: client.join_by <= now, self._unjoined))
+            for client in late:
+                del self._unjoined[client]
+            due = [client.join_by for client in islice(self._unjoined, 1)]
+        for client in late:
+            reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
+            self._dismiss(client, "it has not joined in time", reason)
+        if self._lingering:
+            due.append(now + LOOK_SECONDS)
+        return min([self._accept_at, *due]) - now
+
+    def _accept_one(self) -> None:
+        try:
+            client_socket, address = self._listener.accept()
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self._accept_later(error)
+            elif error.errno not in GONE_AGAIN:
+                raise
+            return
+        if not address:  # macOS has none for a peer that is gone again
+            client_socket.close()
+            return
+        client = _Client(client_socket, _format_address(address))
+        if not self._make_room(client):
+            self._turn_away(client, "please try again later")
+            return
+        handler = threading.Thread(target=self.handle_client, args=(client_socket,))
+        client.thread = handler
+        try:
+            handler.start()
+            self._exhausted = False
+        except RuntimeError as error:  # the system has no more threads
+            with self._lock:
+                self._unjoined.pop(client, None)
+                del self._connections[client_socket]
+            self._turn_away(client, "it can serve no more for now")
+            self._accept_later(error)
+
+    def _make_room(self, client: _Client) -> bool:
+        """Enter a new connection, in place of one that has not joined if need be.
+
+        Returns False if the chat is full of members.
+        """
+        oldest = None
+        with self._lock:
+            if len(self.clients) + len(self._unjoined) >= self._max_clients:
+                oldest = next(iter(self._unjoined), None)
+                if not oldest:
+                    return False
+                del self._unjoined[oldest]
+            self._connections[client.socket] = client
+            self._unjoined[client] = None
+        if oldest:
+            why = "it had not joined, and others need the room"
+            reason = "Others need the room, and you have not joined."
+            self._dismiss(oldest, why, reason)
+        return True
+
+    def _dismiss(self, client: _Client, why: str, reason: str) -> None:
+        """End a client that can no longer join; `reason` is for it, `why` for us."""
+        client.dropped = why
+        _send_at_once(client, protocol.refusal(reason))
+        _shut(client.socket, socket.SHUT_RD)  # wakes its handler
+
+    def _turn_away(self, client: _Client, advice: str) -> None:
+        """Tell a newcomer that there is no room; it gets no thread."""
+        self._tell(f"Refused {client}: the chat is full")
+        _send_at_once(client, protocol.refusal(f"{protocol.FULL}, {advice}."))
+        self._linger(client.socket)
+
+    def _accept_later(self, error: Exception) -> None:
+        """Pause accepting: the listener stays readable, and the loop would spin."""
+        if not self._exhausted:
+            self._tell(f"Cannot take new clients for now: {error}")
+        self._exhausted = True
+        self._accept_at = time.monotonic() + ACCEPT_PAUSE_SECONDS
+        self._arrivals.unregister(self._listener)
+
+    def _linger(self, client_socket: socket.socket) -> None:
+        """End our side of a connection, and give the peer a moment to end its own.
+
+        A close with input unread would reset the connection, and could cost the peer
+        the last lines to it.
+        """
+        _shut(client_socket, socket.SHUT_WR)
+        client_socket.setblocking(False)
+        self._lingering[client_socket] = time.monotonic() + LINGER_SECONDS
+        self._arrivals.wake()
+
+    # --- one client: its handler ----------------------------------------------------
+
+    def handle_client(self, client_socket: socket.socket) -> None:
+        """Serve one client from its name to its end.  Runs in a thread of its own.
+
+        Reads and checks; what is to be sent to members goes into the outbox.
+        """
+        with self._lock:
+            client = self._connections[client_socket]
+        self._tell(f"New connection from {client}")
+        try:
+            _set_options(client_socket)
+            lines = self._receive_lines(client)
+            if self._ask_name(client, lines):
+                self._pass_on(client, lines)
+        except OSError as error:
+            client.lose(error.strerror or str(error))
+        except Exception:  # noqa: BLE001
+            traceback.print_exc()  # a bug: the others go on
+        finally:
+            self._end(client)
+
+    def _end(self, client: _Client) -> None:
+        """Do the last things for a client whose handler reads no more."""
+        if client.dropped:
+            self._tell(f"Disconnected {client}: {client.dropped}")
+        elif client.lost:
+            self._tell(f"Lost connection to {client}: {client.lost}")
+        self.remove_client(client.socket)
+        if not client.name:
+            self._tell(f"Closed connection from {client}")
+        self._linger(client.socket)
+        with self._lock:
+            del self._connections[client.socket]
+
+    def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
+        """Yield the lines of a client as they come, no more of them than it may send.
+
+        One at a time until it has joined, since what the next one means depends on it.
+        Ends with EOF, at a shutdown, when the client is dropped, and some time after its
+        peer is gone.
+        """
+        splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
+        throttle = _Throttle(self._lines_per_second)
+        closed = self._outbox.closed
+        while (chunk := client.socket.recv(RECEIVE_BYTES)) and not client.dropped:
+            lines = splitter.feed(chunk)
+            if not lines and len(chunk) == RECEIVE_BYTES:
+                # A line without end is no reason to keep others from running.
+                closed.wait(PIECE_PAUSE_SECONDS)
+            while lines:
+                most = MAX_LINES_AT_ONCE if client.name else 1
+                taken = throttle.take(min(len(lines), most))
+                if taken:
+                    yield lines[:taken]
+                    del lines[:taken]
+                elif closed.wait(THROTTLE_PAUSE_SECONDS):
+                    return
+                if client.dropped or (lines and client.is_read_out()):
+                    return
+
+    def _ask_name(self, client: _Client, lines: Iterator[list[bytes]]) -> bool:
+        """Read until a line is a name that may be used; False if none comes."""
+        tried = 0
+        for (line,) in lines:
+            if line in protocol.QUIT_LINES:
+                return False
+            try:
+                if text := protocol.decode_message(line):
+                    name = protocol.check_name(text)
+                    owner = self._is_owner(client, name, lines)
+                    return owner and self._join(client, name)
+            except ProtocolError as error:
+                tried += 1
+                reason = str(error)
+                if tried == MAX_NAMES_TRIED:
+                    reason += f" ({tried} of {tried} tries on this connection)"
+                self._tell(f"Refused {client}: {reason}")
+                _send_at_once(client, protocol.refusal(reason))
+                if tried == MAX_NAMES_TRIED:
+                    return False
+        return False
+
+    def _is_owner(
+        self, client: _Client, name: str, lines: Iterator[list[bytes]]
+    ) -> bool:
+        """Ask for the password, if the name has one; False if the client ends instead.
+
+        Raises ProtocolError for another password.
+        """
+        key = protocol.name_key(name)
+        database = self._database
+        if not database or key not in database.accounts or key in self._owners:
+            return True  # or _join() says that it is taken
+        question = f"The name {name} is kept for its owner. What is the password?"
+        _send_at_once(client, protocol.question(question))
+        (line,) = next(lines, [b"q"])
+        if line in protocol.QUIT_LINES:
+            return False
+        # The password as it is now, not as it was when this was asked.
+        account = database.accounts.get(key)
+        if account and not database.is_password(account, line):
+            raise ProtocolError(f"That is not the password of {name}.")
+        return True
+
+    def _join(self, client: _Client, name: str) -> bool:
+        """Make the client a member; False if its connection has been ended meanwhile.
+
+        Raises ProtocolError if the name is taken.
+        """
+        key = protocol.name_key(name)
+        joined = f"{name} has joined the chat."
+        with self._lock:
+            if client not in self._unjoined or self._outbox.closed.is_set():
+                return False
+            if key in self._owners:
+                raise ProtocolError(f"The name {name} is taken.")
+            welcome = [self._greeting(name)]
+            if self._database:
+                welcome += self._database.history(HISTORY_MESSAGES)
+            del self._unjoined[client]
+            self._owners[key] = client
+            self.clients[name] = client.socket
+            client.name = name
+            notices = b"".join(map(protocol.notice, welcome))
+            entry = _Entry(client, protocol.notice(joined), notices, joins=True)
+            self._outbox.append(entry, f"User {joined}")
+        self._broadcaster.wake()
+        return True
+
+    def _greeting(self, name: str) -> str:
+        """Caller holds _lock."""
+        names = ", ".join(islice(self.clients, MAX_NAMES_LISTED))
+        more = len(self.clients) - MAX_NAMES_LISTED
+        others = f"{names} and {more} more" if more > 0 else names
+        online = others or "nobody yet"
+        return f"Welcome, {name}! Also online: {online}. /help lists the commands."
+
+    def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
+        """Broadcast what a member says, and obey its commands, until it leaves."""
+        for batch in lines:
+            said: list[str] = []
+            for line in batch:
+                if line in protocol.QUIT_LINES:
+                    self._say(client, said)
+                    if self._tell_messages:
+                        q = line.decode()
+                        self._tell(f"Received message from {client.name}: {q}")
+                    return
+                answer, client.answer = client.answer, None
+                try:
+                    if answer:
+                        answer(line)
+                        continue
+                    text = protocol.decode_message(line)
+                    command, text = protocol.split_command(text)
+                    if command:
+                        self._say(client, said)
+                        self._obey(client, command, text)
+                    elif text:
+                        said.append(text)
+                except ProtocolError as error:
+                    self._tell(f"Refused a line from {client}: {error}")
+                    self._submit(_Entry(client, b"", protocol.refusal(error)))
+            self._say(client, said)
+            if self._outbox.closed.is_set():
+                return
+
+    def _say(self, client: _Client, said: list[str]) -> None:
+        """Broadcast these texts, and empty the list."""
+        if said:
+            message = "".join([f"{client.name}: {text}\n" for text in said])
+            said.clear()
+            self.broadcast_message(message.encode(protocol.ENCODING), client.socket)
+
+    def broadcast_message(self, message: bytes, sender_socket: socket.socket) -> None:
+        """Append a message to the outbox, for everybody but its sender.
+
+        message: whole lines of a member, each with its newline.  Waits for room in the
+        outbox, never for a reader.  Once the server shuts down, nothing is accepted.
+        """
+        sender = self._connections[sender_socket]
+        lines = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
+        told = "\n".join([f"Received message from {line}" for line in lines])
+        texts = [line.removeprefix(f"{sender.name}: ") for line in lines]
+        told = told if self._tell_messages else ""
+        self._submit(_Entry(sender, message), told, texts)
+
+    def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
+        """Append an entry once there is room for it, unless the server shuts down.
+
+        told, said: what is for the terminal and for the database, which so keep the
+        order of the room.  Returns False if the entry's client has left.
+        """
+        client = entry.client
+        assert client
+        with self._lock:
+            has_room = self._outbox.wait_for_room(entry)
+            here = not client.released
+            if has_room and here:
+                self._outbox.append(entry, told)
+                if said and self._database:
+                    self._database.remember(client.name, said)
+        self._broadcaster.wake()
+        return here
+
+    # --- commands -------------------------------------------------------------------
+
+    def _obey(self, client: _Client, command: str, rest: str) -> None:
+        """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
+        if command not in self._commands:
+            raise ProtocolError("No such command: see /help (//TEXT says /TEXT).")
+        obey, _, _ = self._commands[command]
+        obey(self, client, rest)
+
+    def _answer(self, client: _Client, *notices: str) -> None:
+        self._submit(_Entry(client, b"", b"".join(map(protocol.notice, notices))))
+
+    def _who(self, client: _Client, _: str) -> None:
+        with self._lock:
+            names = list(self.clients)
+        places = range(0, len(names), MAX_NAMES_LISTED)
+        rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for first in places]
+        others = [f"… {row}" for row in rows[1:]]
+        self._answer(client, f"{len(names)} online: {rows[0]}", *others)
+
+    def _msg(self, client: _Client, rest: str) -> None:
+        name, _, text = rest.partition(" ")
+        if not (text := text.lstrip()):
+            raise ProtocolError("Write it like this: /msg NAME TEXT.")
+        recipient = self._owners.get(protocol.name_key(name))
+        line = protocol.private_message(client.name, text)
+        told = ""
+        if recipient and self._tell_messages:
+            told = f"Private message from {client.name} to {recipient.name}"
+        if not recipient or not self._submit(_Entry(recipient, b"", line), told):
+            raise ProtocolError("Nobody here has that name.")
+
+    def _help(self, client: _Client, _: str) -> None:
+        rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
+        self._answer(client, *rows, "q, alone on its line: leaves the chat")
+
+    def _history(self, client: _Client, rest: str) -> None:
+        assert self._database
+        number = rest.strip() or str(HISTORY_MESSAGES)
+        if not number.isdecimal() or len(number) > 9 or not int(number):
+            raise ProtocolError("Write it like this: /history 50.")
+        most = min(int(number), MAX_HISTORY_MESSAGES)
+        with self._lock:
+            messages = self._database.history(most)
+        self._answer(client, *(messages or ["Nothing has been said yet."]))
+
+    def _register(self, client: _Client, _: str) -> None:
+        client.answer = partial(self._keep_name, client)
+        question = f"Which password shall keep the name {client.name} for you?"
+        self._submit(_Entry(client, b"", protocol.question(question)))
+
+    def _keep_name(self, client: _Client, line: bytes) -> None:
+        assert self._database
+        self._database.keep(client.name, protocol.check_password(line))
+        self._answer(client, f"The name {client.name} is now kept for you.")
+
+    def _unregister(self, client: _Client, _: str) -> None:
+        assert self._database
+        self._database.give_up(client.name)
+        self._answer(client, f"The name {client.name} is no longer kept.")
+
+    def remove_client(self, client_socket: socket.socket) -> None:
+        """Take a member off the list, tell the others, wait for the last send to it.
+
+        Its handler calls this.  For a client that has not joined, or called again, it
+        announces nothing.
+        """
+        with self._lock:
+            client = self._connections[client_socket]
+            self._unjoined.pop(client, None)
+            if self.clients.get(client.name) is not client_socket:
+                return
+            del self.clients[client.name]
+            del self._owners[protocol.name_key(client.name)]
+            left = protocol.notice(f"{client.name} has left the chat.")
+            told = f"Removing user: {client.name} from clients"
+            if self._outbox.closed.is_set():
+                client.released = self._broadcaster.ended
+                self._tell(told)
+            else:
+                client.released = threading.Event()
+                self._outbox.append(_Entry(client, left, leaves=True), told)
+        self._broadcaster.wake()
+        if not client.released.wait(LINGER_SECONDS):
+            _shut(client_socket, socket.SHUT_RDWR)  # makes the next send fail
+            client.released.wait()
+
+    # --- the end --------------------------------------------------------------------
+
+    def _release_all(self) -> None:
+        """Let no handler wait for a send, once there will be none.  Ends the server."""
+        with self._lock:
+            for client in self._connections.values():
+                if client.released:
+                    client.released.set()
+        self.stop()
+
+    def _shut_down(self, broadcaster: threading.Thread) -> None:
+        """End in order, within SHUTDOWN_SECONDS.
+
+        1. Take no new clients; send those away that have not joined.
+        2. Close the outbox, with a last notice to all members.
+        3. Let the broadcaster send all of it to all that read, and hang up.
+        4. Give the clients a moment to hang up too; then wake every handler.
+        5. Wait for the handlers, and close what is left.
+        """
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        if self._database:
+            self._database.closing.set()
+        notice = protocol.notice("Server is shutting down.")
+        self._close_listener()
+        with self._lock:
+            unjoined, self._unjoined = self._unjoined, {}
+            clients = list(self._connections.values())
+            self._broadcaster.give_up_at = deadline
+            self._outbox.append(_Entry(None, notice))
+            self._outbox.close()
+        self._broadcaster.wake()
+        for client in unjoined:
+            _send_at_once(client, notice)
+            _shut(client.socket, socket.SHUT_RD)
+        broadcaster.join()
+        try:
+            self._await_hang_ups(min(deadline, time.monotonic() + HANG_UP_SECONDS))
+        finally:
+            with self._lock:
+                for client_socket in self._connections:
+                    _shut(client_socket, socket.SHUT_RDWR)
+            for client in clients:
+                if client.thread:
+                    client.thread.join()
+            for client_socket in self._lingering:
+                client_socket.close()
+            self._arrivals.close()
+
+    def _close_listener(self) -> None:
+        if self._accept_at == FOREVER:
+            self._arrivals.unregister(self._listener)
+        self._accept_at = FOREVER
+        self._listener.close()
+
+    def _await_hang_ups(self, deadline: float) -> None:
+        while self._connections or self._lingering:
+            if (seconds := deadline - time.monotonic()) <= 0:
+                break
+            self._attend(seconds)
 
 
-class _Allowance:
+# Command → what obeys it, and what /help says of it: usage and effect.
+_COMMANDS = {
+    "/who": (ChatServer._who, "/who", "lists all that are online"),
+    "/msg": (ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
+    "/help": (ChatServer._help, "/help", "lists the commands"),
+}
+_DATABASE_COMMANDS = {
+    "/history": (ChatServer._history, "/history [N]", "shows the last N messages"),
+    "/register": (ChatServer._register, "/register", "keeps your name for you"),
+    "/unregister": (ChatServer._unregister, "/unregister", "gives your name up"),
+}
+
+
+# --- sending: outbox, stream, broadcaster -------------------------------------------
+
+
+class _Outbox:
+    """What is still to be sent: entries in the one order in which all see them."""
+
+    def __init__(self, lock: threading.Lock, tell: Callable[[str], None]) -> None:
+        """lock: the server's; callers hold it, but for take()."""
+        self.lock = lock
+        self._tell = tell
+        self._has_room = threading.Condition(lock)
+        self._entries: list[_Entry] = []
+        self._bytes = 0
+        self.closed = threading.Event()  # set under the lock
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def wait_for_room(self, entry: _Entry) -> bool:
+        """Wait until an entry may be appended; False once the outbox is closed.
+
+        One that says much may fill only half of the outbox: the other half keeps the
+        way free for all that just say something.
+        """
+        size = entry.size()
+        limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
+        while self._entries and self._bytes + size > limit and not self.closed.is_set():
+            self._has_room.wait()
+        return not self.closed.is_set()
+
+    def append(self, entry: _Entry, told: str = "") -> None:
+        """Add an entry; `told` is for the terminal, which so keeps the same order.
+
+        The broadcaster is to be woken afterwards, without the lock.
+        """
+        if told:
+            self._tell(told)
+        self._entries.append(entry)
+        self._bytes += entry.size()
+
+    def take(self) -> list[_Entry]:
+        """Return all entries and have room again; for the broadcaster."""
+        with self.lock:
+            entries, self._entries, self._bytes = self._entries, [], 0
+            if entries:
+                self._has_room.notify_all()
+            return entries
+
+    def close(self) -> None:
+        """Accept no more messages; what was appended is still sent."""
+        self.closed.set()
+        self._has_room.notify_all()
+
+
+class _Broadcaster:
+    """Sends to the members what is appended to the outbox, in passes.
+
+    Everything here but wake() runs in one thread, which alone touches the stream and
+    the members' places.
+    """
+
+    def __init__(self, outbox: _Outbox, on_end: Callable[[], None]) -> None:
+        """on_end: called when the last send is done, or a bug rules it out."""
+        self._outbox = outbox
+        self._on_end = on_end
+        # What some member has still to be sent, addressed by its offset since the start
+        # of the server; the offset behind its last byte.
+        self._stream = bytearray()
+        self._end = 0
+        self._members: dict[_Client, None] = {}
+        self._slow: dict[_Client, None] = {}  # members whose sockets are full
+        self._writable = _Selector()  # waits until these are not; an append wakes it
+        self._asleep = False  # the next append has to wake it
+        self._pass_again = False  # some members had their turn before the last look
+        self._passed = 0  # the place up to which all but the slow ones have been sent
+        self._pass_at = 0.0  # no pass before then
+        self.give_up_at = FOREVER  # on slow readers; set before the outbox is closed
+        self.ended = threading.Event()  # the last send to anybody is done
+
+    def run(self) -> None:
+        """Send all that is appended until the outbox is closed and empty.
+
+        However this ends, nobody waits for it afterwards.
+        """
+        try:
+            seconds: float | None = 0.0
+            while seconds is not None:
+                writable = [key.data for key in self._writable.wait(seconds)]
+                self._give_turns(writable)
+                self._make_pass()
+                seconds = self._rest()
+        finally:
+            self._hang_up()
+
+    def wake(self) -> None:
+        """Have what was appended sent.  Never waits; for any thread, without the lock."""
+        if self._asleep:  # else it looks at the outbox again before it rests
+            self._asleep = False
+            self._writable.wake()
+
+    def _rest(self) -> float | None:
+        """Return how long to rest; None once all is sent, or time is up."""
+        now = time.monotonic()
+        with self._outbox.lock:
+            if self._outbox or self._pass_again:
+                return self._pass_at - now
+            if not self._outbox.closed.is_set():
+                self._asleep = True
+                return FOREVER
+        return self.give_up_at - now if self._slow and now < self.give_up_at else None
+
+    def _make_pass(self) -> None:
+        """Give a turn to each member that keeps up.
+
+        A pass looks at the outbox a few times: members whose turn is still to come get
+        at once what was said meanwhile, and the others get it in the next pass.
+        """
+        before = self._end
+        if time.monotonic() >= self._pass_at and (self._take_in() or self._pass_again):
+            self._pass_again = False
+            self._passed = self._end
+            members = [member for member in self._members if member not in self._slow]
+            group = len(members) // LOOKS_PER_PASS + 1
+            for first in range(0, len(members), group):
+                if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
+                    self._pass_again = self._take_in()
+                self._give_turns(members[first : first + group])
+        self._mind_slow_readers(self._end - before)
+
+    def _take_in(self) -> bool:
+        """Move all entries of the outbox to the end of the stream; False if none."""
+        entries = self._outbox.take()
+        for client, to_others, to_self, joins, leaves in entries:
+            start = self._end
+            self._stream += to_others
+            self._end += len(to_others)
+            if not client:
+                continue
+            if joins:
+                self._members[client] = None
+                client.place = start
+            if client in self._members:
+                end = sys.maxsize if leaves else self._end
+                self._add_spot(client, start, end, to_self)
+            elif client.released:
+                client.released.set()  # dropped before its leaving
+        return bool(entries)
+
+    def _add_spot(self, member: _Client, start: int, end: int, face: bytes) -> None:
+        if member.spots and member.spots[-1][1] == start and not face:
+            first, _, seen = member.spots[-1]
+            member.spots[-1] = first, end, seen  # its own lines one after the other
+        else:
+            member.spots.append((start, end, face))
+            member.spot_bytes += ENTRY_BYTES + len(face)
+
+    def _give_turns(self, members: Iterable[_Client]) -> None:
+        """Send each member what it has not had, as much as its socket takes at once.
+
+        All that members get is sent here.
+        """
+        place, block = self._end, bytearray()  # members at one place share one block
+        for member in members:
+            if member.spots:
+                data = self._unsent(member)
+            elif member.place == self._end:
+                continue
+            else:
+                if member.place != place:
+                    place = member.place
+                    block = self._slice(place, min(self._end, place + TURN_BYTES))
+                data = block
+            try:
+                sent = member.send(data, MSG_DONTWAIT) if data else 0
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                member.lose(error.strerror or str(error))
+                self._drop(member)
+                continue
+            if member.spots:
+                self._advance(member, sent)
+            else:
+                member.place += sent
+            if member.place != self._end or member.spots or member in self._slow:
+                self._note_progress(member)
+
+    def _slice(self, start: int, end: int) -> bytearray:
+        first = self._end - len(self._stream)
+        return self._stream[start - first : end - first]
+
+    def _unsent(self, member: _Client) -> bytearray:
+        """Return the next bytes for a member that has spots, about TURN_BYTES at most."""
+        data, place = bytearray(), member.place
+        for start, end, face in chain(member.spots, [(self._end, self._end, b"")]):
+            data += self._slice(place, min(start, place + TURN_BYTES))
+            if start - place > TURN_BYTES:
+                break
+            data += face
+            if len(data) >= TURN_BYTES:
+                break
+            place = end
+        return data
+
+    def _advance(self, member: _Client, sent: int) -> None:
+        """Move the place of a member that has spots past what its socket took."""
+        passed = 0
+        for start, end, face in member.spots:
+            size = start - member.place + len(face)
+            if sent < size:
+                break
+            sent -= size
+            member.place = end
+            member.spot_bytes -= ENTRY_BYTES + len(face)
+            passed += 1
+        del member.spots[:passed]
+        if member.spots:
+            start, end, face = member.spots[0]
+            taken = max(0, sent - (start - member.place))  # of this face
+            member.spots[0] = start, end, face[taken:]
+            member.spot_bytes -= taken
+            sent -= taken
+        member.place += sent
+
+    def _note_progress(self, member: _Client) -> None:
+        """Watch the socket of a member that is behind, and only of such a member."""
+        if member.place == sys.maxsize:
+            self._forget(member)  # it leaves, and has had all before that
+        elif member.place == self._end and not member.spots:
+            if self._slow.pop(member, member) is None:
+                self._writable.unregister(member.socket)
+        elif member not in self._slow:
+            try:
+                if len(self._slow) >= MAX_WATCHED:
+                    raise OSError(errno.EMFILE, "too many others are")
+                self._writable.register(member.socket, selectors.EVENT_WRITE, member)
+                self._slow[member] = None
+            except OSError as error:
+                member.dropped = f"too slow, and {error.strerror}"
+                self._drop(member)
+
+    def _mind_slow_readers(self, taken: int) -> None:
+        """Forget what all members have; drop a member that is too far behind.
+
+        While one is near that, the next pass comes later: in proportion to the bytes
+        that this one took in, and to how far beyond half of its limit the member is.
+        """
+        place, most = self._passed, 0
+        for member in tuple(self._slow):
+            unsent = self._end - member.place + member.spot_bytes
+            if unsent > MAX_UNSENT_BYTES:
+                member.dropped = f"too slow, {MAX_UNSENT_BYTES} bytes waited for it"
+                self._drop(member)
+            else:
+                place, most = min(place, member.place), max(most, unsent)
+        del self._stream[: place - self._end + len(self._stream)]
+        pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1) * taken / MAX_OUTBOX_BYTES
+        if taken:
+            self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure
+
+    def _drop(self, member: _Client) -> None:
+        """Send nothing more to a member, and wake its handler, which does the rest.
+
+        What a member sent before its connection was lost can still be read.
+        """
+        self._forget(member)
+        _shut(member.socket, socket.SHUT_RDWR)
+
+    def _forget(self, member: _Client) -> None:
+        """Let go of a member that gets nothing more; if it leaves, its handler ends."""
+        del self._members[member]
+        if member in self._slow:
+            del self._slow[member]
+            self._writable.unregister(member.socket)
+        if member.released:
+            member.released.set()
+
+    def _hang_up(self) -> None:
+        """Close our side of all connections to members; no handler waits any longer."""
+        with self._outbox.lock:
+            self._outbox.close()
+        for member in self._members:
+            _shut(member.socket, socket.SHUT_WR)
+        self._writable.close()
+        self.ended.set()
+        self._on_end()
+
+
+class _Selector(selectors.DefaultSelector):
+    """Waits for sockets, and can be woken by any thread, or by a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A byte sent to the first makes the second readable.
+        self.waker, self._woken = socket.socketpair()
+        self.waker.setblocking(False)
+        self.register(self._woken, selectors.EVENT_READ)
+
+    def wake(self) -> None:
+        """Make a wait() return, the one that runs or else the next one."""
+        try:
+            self.waker.send(b"\0")
+        except OSError:
+            pass  # full of wake-ups, or closed
+
+    def wait(self, seconds: float) -> list[selectors.SelectorKey]:
+        """Return the sockets that are ready; none if it was woken or time is up."""
+        ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
+        keys = [key for key, _ in ready if key.fileobj is not self._woken]
+        if len(keys) < len(ready):
+            self._woken.recv(RECEIVE_BYTES)
+        return keys
+
+    def close(self) -> None:
+        super().close()
+        self.waker.close()
+        self._woken.close()
+
+
+class _Throttle:
     """A token bucket: a client's lines, so many a second and some at once."""
 
     def __init__(self, per_second: int) -> None:
@@ -259,718 +1064,6 @@ class _Allowance:
         return taken
 
 
-class _Selector(selectors.DefaultSelector):
-    """Waits for sockets, and can be woken by any thread, or by a signal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # A byte sent to the first makes the second readable.
-        self.waker, self._woken = socket.socketpair()
-        self.waker.setblocking(False)
-        self.register(self._woken, selectors.EVENT_READ)
-
-    def wake(self) -> None:
-        """Make a wait() return, the one that runs or else the next one."""
-        try:
-            self.waker.send(b"\0")
-        except OSError:
-            pass  # full of wake-ups, or closed
-
-    def wait(self, seconds: float) -> tuple[bool, list[selectors.SelectorKey]]:
-        """Return whether it was woken, and which sockets are ready."""
-        ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
-        keys = [key for key, _ in ready if key.fileobj is not self._woken]
-        woken = len(keys) < len(ready)
-        if woken:
-            self._woken.recv(RECEIVE_BYTES)
-        return woken, keys
-
-    def close(self) -> None:
-        super().close()
-        self.waker.close()
-        self._woken.close()
-
-
-class ChatServer:
-    """The room: who is in, what is still to be sent, and the threads that do it.
-
-    Creating it binds and listens; serve() does the rest.  port: 0 takes a free one.
-    lines_per_second: 0 is no limit.  Raises OSError if the host is unknown or the port
-    is taken.
-    """
-
-    def __init__(
-        self,
-        host: str = protocol.DEFAULT_HOST,
-        port: int = protocol.DEFAULT_PORT,
-        *,
-        max_clients: int = MAX_CLIENTS,
-        lines_per_second: int = LINES_PER_SECOND,
-        log_messages: bool = True,
-    ) -> None:
-        self._max_clients = max_clients
-        self._lines_per_second = lines_per_second
-        self._log_messages = log_messages
-        self._listener = _listen(host, port)
-        self.address = _format_address(self._listener.getsockname())
-        self._arrivals = _Selector()  # for accept_connections(); stop() wakes it
-        self._arrivals.register(self._listener, selectors.EVENT_READ)
-        self.stop_sender = self._arrivals.waker
-
-        # Guards the names below, which change together.  Held for table operations
-        # only: never while sending, receiving, joining a thread or logging.
-        self._lock = threading.Lock()
-        self.clients: dict[str, socket.socket] = {}  # username → socket
-        self._keys: set[str] = set()  # of the names in clients, as they are compared
-        self._waiting: dict[_Client, None] = {}  # not joined yet, in order of arrival
-        self._connections: dict[socket.socket, _Client] = {}  # all that are not closed
-        self._log: list[_Entry] = []  # what no sender has taken yet
-        self._log_bytes = 0
-        self._closing = threading.Event()  # set under the lock: the log is complete
-        self._room_in_log = threading.Condition(self._lock)
-        self._all_closed = threading.Condition(self._lock)
-
-        # Whoever holds this is the sender, and owns the names below: the broadcaster,
-        # or a handler for one round.  Taken before _lock, never after it.
-        self._sending = threading.Lock()
-        self._members: set[_Client] = set()
-        # Those with a backlog.  _deliver only asks if there are any, and takes it for a
-        # hint: who takes _sending looks again.
-        self._slow_readers: set[_Client] = set()
-        self._last_link: _Round | None = None  # the end of the chain of backlogs
-        self._next_round = 0.0  # not before then; _deliver takes it for a hint too
-
-        self._writable = _Selector()  # slow readers; an append wakes it
-        self._asleep = False  # the log was empty when its sender last looked
-        self._give_up_at = FOREVER  # set before _closing is
-        self._all_sent = threading.Event()  # the last send to anybody is done
-
-    def serve(self) -> None:
-        """Run the chat until stop() is called or a byte is sent to stop_sender."""
-        broadcaster = threading.Thread(target=self._broadcast, name="broadcaster")
-        broadcaster.start()
-        try:
-            self.accept_connections()
-        finally:
-            self._shut_down(broadcaster)
-
-    def stop(self) -> None:
-        """Make serve() shut down in order and return.  For any thread, at any time."""
-        self._arrivals.wake()
-
-    # --- connections come -----------------------------------------------------------
-
-    def accept_connections(self) -> None:
-        """Accept clients until told to stop; each one gets a thread of its own.
-
-        Out of file descriptors or memory, it leaves the connections that come in the
-        listener's queue and tries again a little later.  Out of threads, it turns away
-        one at a time.
-        """
-        exhausted = False
-        while True:
-            stopped, arrivals = self._arrivals.wait(self._send_away_late_ones())
-            if stopped:
-                return
-            try:
-                if arrivals:
-                    self._accept_one()
-                    exhausted = False
-            except (BlockingIOError, ConnectionAbortedError):
-                pass  # it was gone again
-            except (OSError, RuntimeError) as error:
-                if not exhausted:
-                    logger.warning("Cannot take new clients for now: %s", error)
-                exhausted = True
-                # The listener stays readable: without a pause this would spin.
-                self._arrivals.unregister(self._listener)
-                self._arrivals.select(ACCEPT_PAUSE_SECONDS)
-                self._arrivals.register(self._listener, selectors.EVENT_READ)
-
-    def _send_away_late_ones(self) -> float:
-        """End those whose time to join is up; return the seconds until the next is."""
-        with self._lock:
-            while longest_waiting := next(iter(self._waiting), None):
-                seconds = longest_waiting.join_by - time.monotonic()
-                if seconds > 0:
-                    return seconds
-                self._send_away(
-                    longest_waiting,
-                    "it has not joined in time",
-                    f"You have not joined within {JOIN_SECONDS:.0f} seconds.",
-                )
-        return FOREVER
-
-    def _send_away(self, client: _Client, why: str, reason: str) -> None:
-        """End one who has not joined: `why` is for the log, `reason` for the client.
-
-        Caller holds _lock.
-        """
-        del self._waiting[client]
-        client.cut_off = why
-        client.farewell = protocol.refusal(reason)
-        _shut(client.socket, socket.SHUT_RD)  # its handler says farewell
-
-    def _accept_one(self) -> None:
-        client_socket, address = self._listener.accept()
-        client = _Client(client_socket, _format_address(address))
-        handler = self.handle_client if self._make_room(client) else self._turn_away
-        client.thread = threading.Thread(target=handler, args=(client_socket,))
-        try:
-            client.thread.start()
-        except RuntimeError:  # the system has no more threads
-            with self._lock:
-                self._waiting.pop(client, None)
-                del self._connections[client_socket]
-            reason = f"{protocol.FULL} for now, please try again later."
-            _send_at_once(client, protocol.refusal(reason))
-            client_socket.close()
-            raise
-
-    def _make_room(self, client: _Client) -> bool:
-        """Enter a new connection, in place of one that has not joined if need be.
-
-        Returns False if the chat is full of members.
-        """
-        with self._lock:
-            self._connections[client.socket] = client
-            if len(self.clients) + len(self._waiting) >= self._max_clients:
-                longest_waiting = next(iter(self._waiting), None)
-                if longest_waiting is None:
-                    return False
-                self._send_away(
-                    longest_waiting,
-                    "it had not joined, and others need the room",
-                    "Others need the room, and you have not joined.",
-                )
-            self._waiting[client] = None
-        return True
-
-    def _turn_away(self, client_socket: socket.socket) -> None:
-        """Tell a client that the chat is full.  Runs in its handler's place."""
-        with self._lock:
-            client = self._connections[client_socket]
-        logger.info("Refused %s: the chat is full", client)
-        reason = f"{protocol.FULL}, please try again later."
-        _send_at_once(client, protocol.refusal(reason))
-        self._close(client)
-
-    # --- one client -----------------------------------------------------------------
-
-    def handle_client(self, client_socket: socket.socket) -> None:
-        """Serve one client from its name to its end.  Runs in a thread of its own.
-
-        Reads and checks; what is to be sent to members goes into the log.
-        """
-        with self._lock:
-            client = self._connections[client_socket]
-        logger.info("New connection from %s", client)
-        try:
-            _set_options(client_socket)
-            lines = self._receive_lines(client)
-            if self._ask_name(client, lines):
-                self._pass_on(client, lines)
-        except OSError as error:
-            client.broken = error.strerror or str(error)
-        finally:
-            if client.cut_off:
-                logger.info("Disconnected %s: %s", client, client.cut_off)
-            elif client.broken:
-                logger.info("Lost connection to %s: %s", client, client.broken)
-            self.remove_client(client_socket)
-            if client.farewell:
-                _send_at_once(client, client.farewell)
-            self._close(client)
-
-    def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
-        """Yield the lines of a client as they come, no more of them than it may send.
-
-        One at a time until it has joined, since what the next one means depends on it.
-        Ends with EOF, at a shutdown, and when we have cut it off.
-        """
-        splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-        allowance = _Allowance(self._lines_per_second)
-        receive = client.socket.recv
-        while (chunk := receive(RECEIVE_BYTES)) and not client.cut_off:
-            lines = splitter.feed(chunk)
-            if not lines and len(chunk) == RECEIVE_BYTES:
-                # A line without end is no reason to keep others from running.
-                self._closing.wait(PIECE_PAUSE_SECONDS)
-            while lines and not client.cut_off:
-                most = MAX_LINES_AT_ONCE if client.name else 1
-                taken = allowance.take(min(len(lines), most))
-                if taken:
-                    yield lines[:taken]
-                    del lines[:taken]
-                elif self._closing.wait(ALLOWANCE_PAUSE_SECONDS):
-                    return
-
-    def _ask_name(self, client: _Client, lines: Iterator[list[bytes]]) -> bool:
-        """Read until a line is a name that may be used; False if none comes."""
-        tried = 0
-        for (line,) in lines:
-            if line in protocol.QUIT_LINES:
-                return False
-            try:
-                text = protocol.decode_message(line)
-                if text:
-                    return self._join(client, protocol.check_name(text))
-            except ProtocolError as error:
-                tried += 1
-                if tried == MAX_NAMES_TRIED:
-                    self._refuse(client, f"{error} That was your last try.")
-                    return False
-                self._refuse(client, error)
-        return False
-
-    def _refuse(self, client: _Client, reason: object) -> None:
-        """Refuse what someone sent who is not a member yet, and so gets it at once."""
-        logger.info("Refused %s: %s", client, reason)
-        _send_at_once(client, protocol.refusal(reason))
-
-    def _join(self, client: _Client, name: str) -> bool:
-        """Make the client a member; False if its connection has been ended meanwhile.
-
-        Raises ProtocolError if the name is taken.
-        """
-        key = protocol.name_key(name)
-        joined = f"{name} has joined the chat."
-        with self._lock:
-            if client not in self._waiting:
-                return False
-            if key in self._keys:
-                raise ProtocolError(f"The name {name} is taken.")
-            welcome = protocol.notice(self._greeting(name))
-            del self._waiting[client]
-            self._keys.add(key)
-            self.clients[name] = client.socket
-            client.name = name
-            self._append(_Entry(client, protocol.notice(joined), welcome, _Move.JOIN))
-        self._deliver()
-        logger.info("User %s", joined)
-        return True
-
-    def _greeting(self, name: str) -> str:
-        """Caller holds _lock."""
-        names = ", ".join(islice(self.clients, MAX_NAMES_LISTED))
-        more = len(self.clients) - MAX_NAMES_LISTED
-        others = f"{names} and {more} more" if more > 0 else names
-        return f"Welcome, {name}! Also online: {others or 'nobody yet'}."
-
-    def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
-        """Broadcast what a member says until it leaves."""
-        for batch in lines:
-            texts, refusals, events = [], [], []
-            leaving = False
-            for line in batch:
-                if line in protocol.QUIT_LINES:
-                    leaving = True
-                    break
-                try:
-                    if text := protocol.decode_message(line):
-                        texts.append(text)
-                except ProtocolError as error:
-                    refusals.append(protocol.refusal(error))
-                    events.append(f"Refused a line from {client}: {error}")
-            message = "".join([f"{client.name}: {text}\n" for text in texts])
-            if texts or refusals:
-                encoded = message.encode(protocol.ENCODING)
-                reply = b"".join(refusals)
-                if not self.broadcast_message(encoded, client.socket, reply):
-                    return
-            if self._log_messages:
-                heard = f"Received message from {client.name}: "
-                events += [heard + text for text in texts]
-                if leaving:
-                    events.append(heard + line.decode(protocol.ENCODING))
-            if events:
-                # One record for all of them: a record costs more than a message.
-                logger.info("%s", "\n".join(events))
-            if leaving:
-                return
-
-    def broadcast_message(
-        self, message: bytes, sender_socket: socket.socket, reply: bytes = b""
-    ) -> bool:
-        """Append a message to the log, for everyone but its sender.
-
-        message: whole lines, each with its newline; reply: lines that its sender gets
-        instead.  Waits for room in the log, never for a reader.  Returns False if it
-        was not accepted, because the server is shutting down.
-        """
-        size = len(message) + len(reply)
-        # Who says so much at once may fill only half of the log: the other half keeps
-        # the way free for all who just say something.
-        hurried = size >= RECEIVE_BYTES
-        limit = MAX_LOG_BYTES // (2 if hurried else 1)
-        with self._lock:
-            while self._log and self._log_bytes + size > limit:
-                if self._closing.is_set():
-                    return False
-                self._room_in_log.wait()
-            if self._closing.is_set():
-                return False
-            client = self._connections[sender_socket]
-            self._append(_Entry(client, message, reply))
-        self._deliver(may_send=not hurried)
-        return True
-
-    def _append(self, entry: _Entry) -> None:
-        """Caller holds _lock, and has it sent once it has released that."""
-        self._log.append(entry)
-        self._log_bytes += len(entry.to_others) + len(entry.to_self)
-
-    # --- sending --------------------------------------------------------------------
-
-    def _deliver(self, *, may_send: bool = True) -> None:
-        """Have what was appended to the log sent.  Never waits.
-
-        While the room is quiet, the calling handler sends one round itself: that saves
-        the time it takes to wake another thread.  What comes meanwhile is left to the
-        broadcaster, and the handler goes back to reading; so is everything while much
-        is said, since the broadcaster, woken a little later, joins more into one round.
-        """
-        quiet = time.monotonic() - self._next_round > QUIET_SECONDS
-        may_send = may_send and quiet and not self._slow_readers
-        if may_send and self._sending.acquire(blocking=False):
-            try:
-                if entries := self._take_log():
-                    self._send_round(entries)
-            finally:
-                self._sending.release()
-            if self._log or self._slow_readers:
-                self._wake_broadcaster()
-        elif self._asleep or not self._sending.locked():
-            self._wake_broadcaster()
-
-    def _wake_broadcaster(self) -> None:
-        self._asleep = False  # before it wakes, and may sleep again
-        self._writable.wake()
-
-    def _broadcast(self) -> None:
-        """Send what no handler sends.  Runs in the broadcaster.
-
-        Ends when the log is closed and all of it is sent, or time is up.
-        """
-        while True:
-            with self._sending:
-                self._send_all()
-                if self._closing.is_set() and not self._log:
-                    self._hang_up_all()
-                    return
-            # Handlers that found us sending rely on this second look at the log.
-            if not self._log:
-                self._writable.wait(FOREVER)
-
-    def _send_all(self) -> None:
-        """Send until nothing waits, neither in the log nor for a slow reader."""
-        while True:
-            now = time.monotonic()
-            until = now
-            if now < self._next_round - ROUND_SLACK_SECONDS:
-                until = self._next_round
-            elif entries := self._take_log():
-                self._send_round(entries, may_grow=True)
-            elif self._slow_readers and now < self._give_up_at:
-                until = self._give_up_at
-            else:
-                return
-            if self._slow_readers or until > now:
-                _, writable = self._writable.wait(until - now)
-                for key in writable:
-                    self._flush(key.data)
-
-    def _take_log(self) -> list[_Entry]:
-        with self._lock:
-            entries = self._log
-            # Who appends to the empty log from here on sees that it must wake somebody.
-            self._asleep = not entries and not self._closing.is_set()
-            if entries:
-                self._log = []
-                self._log_bytes = 0
-                self._room_in_log.notify_all()
-            return entries
-
-    def _send_round(self, entries: list[_Entry], *, may_grow: bool = False) -> None:
-        """Give every member its turn: one send of all that is under way.
-
-        A round that may grow takes in what is appended to the log meanwhile, and goes
-        on until each member has had a turn since.  It grows until much is under way, or
-        somebody comes, goes, reads too slowly or is dropped.
-        """
-        readers = self._members - self._slow_readers
-        may_grow = may_grow and not self._slow_readers
-        turns: Iterator[_Client] = cycle(readers)
-        turn = 0  # so many there have been
-        under_way: deque[tuple[int, list[_Entry]]] = deque()  # until which turn, what
-        kept: _Round | None = None  # for slow readers; what comes later is its end
-        while entries or under_way:
-            if entries:
-                began = time.monotonic()
-                joining = _who_moves(entries, _Move.JOIN)
-                leaving = _who_moves(entries, _Move.LEAVE)
-                if joining or leaving:  # this batch is the last one
-                    may_grow = False
-                    self._members.update(joining)
-                    turns = chain(islice(turns, len(readers)), joining)
-                under_way.append((turn + len(readers) + len(joining), entries))
-                may_grow_at = turn + math.ceil(len(readers) / GROWTHS_PER_ROUND)
-            this_round = _Round([entry for _, batch in under_way for entry in batch])
-            may_grow = may_grow and len(this_round.block) < MAX_GROWING_BYTES
-            until, _ = under_way[0]
-            grow_after = may_grow_at - turn if may_grow else FOREVER
-            next_ones = islice(turns, until - turn)
-            given, all_took = self._give_turns(next_ones, this_round, grow_after)
-            turn += given
-            if turn == until:
-                under_way.popleft()
-            kept = kept or (this_round if self._slow_readers else None)
-            may_grow = may_grow and all_took
-            grows = may_grow and given >= grow_after and self._log
-            entries = self._take_log() if grows else []
-        self._last_link = self._keep(kept) if kept else None
-        for client in leaving:
-            self._members.discard(client)
-            self._release_if_done(client)
-        pause = self._restrain(len(kept.block)) if kept else 0.0
-        now = time.monotonic()
-        if joining:
-            pause = max(pause, min(JOIN_PAUSE * (now - began), MAX_JOIN_PAUSE_SECONDS))
-        self._next_round = max(self._next_round, now) + pause
-
-    def _give_turns(
-        self, clients: Iterator[_Client], this_round: _Round, grow_after: float
-    ) -> tuple[int, bool]:
-        """Send to one after the other; end after so many if the log has more by then.
-
-        Returns how many had their turn, and whether they took all.
-        """
-        block, cuts = this_round.block, this_round.cuts
-        given, all_took = 0, True
-        for given, client in enumerate(clients, 1):
-            data = this_round.data(client) if client in cuts else block
-            if not data:
-                continue  # replies for others, or only its own lines
-            try:
-                sent = client.send(data, MSG_DONTWAIT)
-            except BlockingIOError:
-                sent = 0  # it reads too slowly
-            except OSError as error:
-                self._drop(client, error)
-                all_took = False
-                continue
-            if sent < len(data):
-                self._hold(client, len(data) - sent)
-                all_took = False
-            if self._log and given >= grow_after:
-                break
-        return given, all_took
-
-    def _hold(self, client: _Client, size: int) -> None:
-        """Note that a client did not take so many bytes; _keep() keeps them for it."""
-        try:
-            self._writable.register(client.socket, selectors.EVENT_WRITE, client)
-        except OSError as error:  # the system watches no more of them
-            self._drop(client, error)
-            return
-        self._slow_readers.add(client)
-        client.waiting_bytes = size
-
-    def _keep(self, this_round: _Round) -> _Round:
-        """Add a round to the backlogs of the slow readers; return the chain's new end."""
-        link, before = this_round, 0  # so many bytes of the link are before this round
-        if last := self._last_link:
-            if last.cut_bytes + len(last.block) + len(this_round.block) <= LINK_BYTES:
-                link, before = last, len(last.block)
-            else:
-                last.next = this_round
-                this_round.end += last.end
-        for client in self._members & self._slow_readers:
-            size = len(this_round.data(client))
-            if client.link:
-                client.waiting_bytes += size
-            else:  # since this round: what it did not take is the end of it
-                client.link, client.offset = link, before + size - client.waiting_bytes
-        this_round.keep_cuts_of(self._slow_readers)
-        if link is last:
-            last.append(this_round)
-        return link
-
-    def _restrain(self, sent: int) -> float:
-        """Cut off who is too slow; return seconds to pause for those who may become so.
-
-        In proportion to the bytes that were sent, and to how far the longest backlog is
-        beyond half of what may wait.
-        """
-        longest = 0
-        for client in tuple(self._slow_readers):
-            assert client.link and self._last_link
-            # All that it keeps in memory, and so its own lines too.
-            behind = self._last_link.end - client.link.end + len(client.link.block)
-            held = behind - client.offset + client.cut_bytes
-            if held > MAX_BACKLOG_BYTES:
-                client.cut_off = f"too slow, it held back {MAX_BACKLOG_BYTES} bytes"
-                self._drop(client)
-            else:
-                longest = max(longest, held)
-        fullness = max(0.0, 2 * longest / MAX_BACKLOG_BYTES - 1)
-        return FULL_ROUND_SECONDS * fullness * sent / MAX_LOG_BYTES
-
-    def _flush(self, client: _Client) -> None:
-        """Send from the backlog of a slow reader what its socket takes."""
-        blocks: list[bytes] = []
-        gathered, link = -client.offset, client.link
-        while gathered < min(client.waiting_bytes, FLUSH_BYTES):
-            assert link  # waiting_bytes counts what the chain holds
-            blocks.append(link.data(client))
-            gathered += len(blocks[-1])
-            link = link.next
-        # Who leaves does not see all of its last link.
-        end = client.offset + client.waiting_bytes
-        try:
-            data = memoryview(b"".join(blocks))[client.offset : end]
-            sent = client.send(data, MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._drop(client, error)
-            return
-        client.waiting_bytes -= sent
-        client.offset += sent
-        for block in blocks:
-            if client.offset < len(block) or not client.waiting_bytes:
-                break
-            assert client.link
-            client.offset -= len(block)
-            client.link.pass_by(client)
-            client.link = client.link.next
-        if not client.waiting_bytes:
-            self._forget_backlog(client)
-            self._release_if_done(client)
-
-    def _forget_backlog(self, client: _Client) -> None:
-        self._slow_readers.discard(client)
-        self._writable.unregister(client.socket)
-        while client.link:
-            client.link.pass_by(client)
-            client.link = client.link.next
-        client.waiting_bytes = client.offset = 0
-
-    def _drop(self, client: _Client, error: OSError | None = None) -> None:
-        """Send nothing more to a client, and wake its handler, which does the rest.
-
-        What the client sent before its connection broke can still be read.
-        """
-        if error:
-            client.broken = error.strerror or str(error)
-        self._members.discard(client)
-        if client in self._slow_readers:
-            self._forget_backlog(client)
-        _shut(client.socket, socket.SHUT_RDWR)
-        self._release_if_done(client)
-
-    def _release_if_done(self, client: _Client) -> None:
-        """Let the handler of a client that leaves close, once nothing is left to send.
-
-        That may be before the others are told, if sending to it has failed.
-        """
-        in_log = client in self._members  # its leaving has not been sent yet
-        if client.released and not in_log and not client.waiting_bytes:
-            client.released.set()
-
-    def _hang_up_all(self) -> None:
-        """Close our side of all connections that get anything: the last act."""
-        for client in self._members | self._slow_readers:
-            _shut(client.socket, socket.SHUT_WR)
-            if client.released:
-                client.released.set()
-        self._all_sent.set()
-
-    # --- connections go -------------------------------------------------------------
-
-    def remove_client(self, client_socket: socket.socket) -> None:
-        """Take a member off the list, tell the others, wait for the last send to it.
-
-        Its handler calls this, and closes the socket afterwards.  For one who has not
-        joined, or called again before that, it announces nothing.
-        """
-        with self._lock:
-            client = self._connections[client_socket]
-            self._waiting.pop(client, None)
-            if self.clients.get(client.name) is not client_socket:
-                return
-            del self.clients[client.name]
-            self._keys.remove(protocol.name_key(client.name))
-            last_send = self._all_sent
-            if not self._closing.is_set():
-                last_send = client.released = threading.Event()
-                left = protocol.notice(f"{client.name} has left the chat.")
-                self._append(_Entry(client, left, move=_Move.LEAVE))
-        self._deliver()
-        logger.info("Removing user: %s from clients", client.name)
-        if not last_send.wait(LINGER_SECONDS):
-            _shut(client_socket, socket.SHUT_RDWR)  # makes the next send fail
-            last_send.wait()
-
-    def _close(self, client: _Client) -> None:
-        """Close a connection, in its own thread, after the last send to it.
-
-        A close with input unread would reset the connection and could cost the peer the
-        lines under way.  So: close our side, read on to EOF for a moment, then close.
-        """
-        deadline = time.monotonic() + LINGER_SECONDS
-        with client.socket:
-            _shut(client.socket, socket.SHUT_WR)
-            try:
-                while (seconds := deadline - time.monotonic()) > 0:
-                    client.socket.settimeout(seconds)
-                    if not client.socket.recv(RECEIVE_BYTES):
-                        break
-            except OSError:
-                pass  # gone, or silent until the time was up
-        if not client.name:
-            logger.info("Closed connection from %s", client)
-        with self._lock:
-            del self._connections[client.socket]
-            self._all_closed.notify_all()
-
-    def _shut_down(self, broadcaster: threading.Thread) -> None:
-        """End in order, within SHUTDOWN_SECONDS.
-
-        1. Take no new clients; send those away who have not joined.
-        2. Close the log, with a last notice to all members.
-        3. Let the broadcaster send all of it to all that read, and hang up.
-        4. Give the clients a moment to hang up too; then wake every handler.
-        5. Wait for the handlers.
-        """
-        deadline = time.monotonic() + SHUTDOWN_SECONDS
-        notice = protocol.notice("Server is shutting down.")
-        self._listener.close()
-        with self._lock:
-            waiting, self._waiting = self._waiting, {}
-            for client in waiting:
-                client.farewell = notice
-            self._append(_Entry(None, notice))
-            self._give_up_at = deadline
-            self._closing.set()
-            self._room_in_log.notify_all()
-            handled = list(self._connections.values())
-        self._wake_broadcaster()
-        for client in waiting:
-            _shut(client.socket, socket.SHUT_RD)
-        broadcaster.join()
-        with self._lock:
-            seconds = min(HANG_UP_SECONDS, deadline - time.monotonic())
-            self._all_closed.wait_for(lambda: not self._connections, seconds)
-            for client in self._connections.values():
-                _shut(client.socket, socket.SHUT_RDWR)
-        for client in handled:
-            if client.thread:
-                client.thread.join()
-        self._writable.close()
-        self._arrivals.close()
-
-
 # --- sockets ------------------------------------------------------------------------
 
 
@@ -981,20 +1074,16 @@ def _listen(host: str, port: int) -> socket.socket:
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     ):
         try:
-            # create_server sets SO_REUSEADDR where that is what lets a restarted
-            # server have its port back at once.
+            # It sets SO_REUSEADDR where that is what lets a restarted server have its
+            # port back at once.
             listener = socket.create_server(
                 address, family=family, backlog=LISTEN_BACKLOG
             )
-        except OSError as error:
-            # Its own text: create_server() adds the address to it.
-            reason = str(error.strerror).partition(" (while attempting")[0]
-            failure = failure or OSError(error.errno, reason)
-        else:
             listener.setblocking(False)
             return listener
-    assert failure is not None  # getaddrinfo gives at least one address or raises
-    raise failure
+        except OSError as error:
+            failure = failure or error
+    raise failure or OSError(errno.EADDRNOTAVAIL, "no address")
 
 
 def _set_options(client_socket: socket.socket) -> None:
@@ -1020,7 +1109,7 @@ def _set_options(client_socket: socket.socket) -> None:
 
 def _sender(
     client_socket: socket.socket,
-) -> Callable[[bytes | memoryview, int], int]:
+) -> Callable[[bytes | bytearray, int], int]:
     """Return what sends as much as the socket takes at once, or raises BlockingIOError.
 
     To be called with MSG_DONTWAIT.  The socket itself stays blocking: its handler waits
@@ -1029,7 +1118,7 @@ def _sender(
     if MSG_DONTWAIT:
         return client_socket.send
 
-    def send(data: bytes | memoryview, _: int) -> int:
+    def send(data: bytes | bytearray, _: int) -> int:
         if not select.select([], [client_socket], [], 0)[1]:
             raise BlockingIOError
         return client_socket.send(data[:1024])  # so little does not block
@@ -1038,7 +1127,7 @@ def _sender(
 
 
 def _send_at_once(client: _Client, line: bytes) -> None:
-    """Send a line to one who is not a member, without waiting; it may be gone."""
+    """Send a line to one that is no member, without waiting; its peer may be gone."""
     try:
         client.send(line, MSG_DONTWAIT)
     except OSError:
@@ -1046,7 +1135,7 @@ def _send_at_once(client: _Client, line: bytes) -> None:
 
 
 def _shut(client_socket: socket.socket, how: int) -> None:
-    """End one direction of a connection or both, under whoever is blocked on it.
+    """End one direction of a connection or both, under a thread that is blocked on it.
 
     recv() returns b"" then.  close() would wake nobody, and free a descriptor that is
     still in use.
@@ -1057,6 +1146,16 @@ def _shut(client_socket: socket.socket, how: int) -> None:
         pass  # ended already
 
 
+def _has_ended(client_socket: socket.socket) -> bool:
+    """Look, without waiting, whether the peer has ended a connection; pass over input."""
+    try:
+        return not client_socket.recv(TURN_BYTES)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def _format_address(address: tuple[str, int]) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -1065,74 +1164,329 @@ def _format_address(address: tuple[str, int]) -> str:
 # --- the terminal -------------------------------------------------------------------
 
 
-class LogWriter(logging.Handler):
-    """Writes the log from a thread of its own: a paused terminal stops nothing.
+T = TypeVar("T")
 
-    What is too much is left out, and the next line that fits says how much that was.
-    (QueueListener would serve but that its stop() waits for a terminal that is stuck,
-    and that its queue counts records; one record may hold the lines of a whole recv.)
+
+class Recorder(Generic[T]):
+    """Writes to one output from a thread of its own, so that a slow one stops nothing.
+
+    What is too much is left out and counted.  (logging's QueueListener would serve the
+    terminal but that its stop() waits for one that is stuck, and that its queue counts
+    records, of which one may hold many lines.)
     """
 
-    def __init__(self, descriptor: int, encoding: str = protocol.ENCODING) -> None:
-        """descriptor: where to write, unbuffered; it is not closed."""
-        super().__init__()
-        self._descriptor = descriptor
-        self._encoding = encoding
+    def __init__(
+        self, write: Callable[[list[T]], None], note_gap: Callable[[int], T | None]
+    ) -> None:
+        """write: writes a batch; it may block.  note_gap: is told how much was left out
+        before the next item that fits, and may return one to be written in its place.
+        """
+        self._write = write
+        self._note_gap = note_gap
         # Guards the names below.  Not held while writing.
         self._changed = threading.Condition()
-        self._texts: list[str] = []
-        self._unwritten_lines = 0
-        self._left_out_lines = 0
+        self._batch: list[T] = []
+        self._unwritten = 0  # lines or messages, those being written included
+        self._left_out = 0
+        self._closed = False
         # A daemon, since nothing can wake a write to a terminal that is stuck; it holds
         # no lock then that the interpreter's exit needs.
-        threading.Thread(target=self._write, name="log writer", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Queue a record's lines, cleaned.  Never waits for the terminal."""
-        lines = [protocol.clean(line) for line in record.getMessage().split("\n")]
+    def put(self, item: T, size: int) -> None:
+        """Queue an item of so many lines or messages.  Never waits."""
         with self._changed:
-            if self._unwritten_lines + len(lines) > MAX_UNWRITTEN_LINES:
-                self._left_out_lines += len(lines)
+            if self._unwritten + size > MAX_UNWRITTEN:
+                self._left_out += size
                 return
-            if self._left_out_lines:
-                lines.insert(0, f"({self._left_out_lines} lines left out)")
-                self._left_out_lines = 0
-            self._texts.append("\n".join(lines) + "\n")
-            self._unwritten_lines += len(lines)
-            if len(self._texts) == 1:
+            if self._left_out:
+                self._end_gap()
+            self._batch.append(item)
+            self._unwritten += size
+            if len(self._batch) == 1:
                 self._changed.notify_all()
 
-    def drain(self, seconds: float) -> None:
-        """Wait until all is written, or the time is up."""
+    def close(self, seconds: float) -> None:
+        """Write all that was put, for so long at most."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._unwritten_lines, seconds)
+            if self._left_out:
+                self._end_gap()
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(seconds)
 
-    def _write(self) -> None:
+    def _end_gap(self) -> None:
+        """Caller holds _changed."""
+        if (item := self._note_gap(self._left_out)) is not None:
+            self._batch.append(item)
+        self._left_out = 0
+
+    def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._texts)
-            time.sleep(GATHER_SECONDS)
+                self._changed.wait_for(lambda: self._batch or self._closed)
+                if not self._batch:
+                    return
+                self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
+                batch, self._batch = self._batch, []
+                size = self._unwritten
+            self._write(batch)
             with self._changed:
-                text = "".join(self._texts)
-                self._texts.clear()
-            data = memoryview(text.encode(self._encoding, "backslashreplace"))
+                self._unwritten -= size
+
+
+class Terminal:
+    """The recorder of what the server's terminal shows."""
+
+    def __init__(self, *, times: bool = False) -> None:
+        """times: put date and time before each line."""
+        self._time_format = "%Y-%m-%d %H:%M:%S " if times else ""
+        # A stream that was closed before the start is None.
+        screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
+        self._descriptor = screen
+        self._encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
+        self._recorder = Recorder(self._write, "({} lines left out)".format)
+        self.close = self._recorder.close
+
+    def tell(self, lines: str) -> None:
+        """Show one line or several, without the last newline.  Never waits."""
+        now = time.strftime(self._time_format)
+        self._recorder.put(now + lines.replace("\n", f"\n{now}"), lines.count("\n") + 1)
+
+    def _write(self, batch: list[str]) -> None:
+        text = "".join([f"{lines}\n" for lines in batch])
+        data = memoryview(text.encode(self._encoding, "backslashreplace"))
+        try:
+            while data:
+                try:
+                    data = data[os.write(self._descriptor, data) :]
+                except BlockingIOError:  # some terminals are shared, and do not block
+                    select.select([], [self._descriptor], [])
+        except OSError:
+            pass  # nobody reads it any more; the chat goes on
+
+
+# --- the database -------------------------------------------------------------------
+
+
+class DatabaseError(OSError):
+    """The file cannot be used; str() of it is what is wrong, and what to do."""
+
+
+class _Account(NamedTuple):
+    """What is kept of a password: its scrypt hash (RFC 7914), and what that took."""
+
+    salt: bytes
+    hash: bytes
+    n: int
+    r: int
+    p: int
+
+
+_SCHEMA = f"""
+    BEGIN IMMEDIATE;
+    CREATE TABLE IF NOT EXISTS messages(
+        id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT);
+    CREATE TABLE IF NOT EXISTS accounts(
+        key TEXT PRIMARY KEY, name TEXT, salt BLOB, hash BLOB,
+        n INTEGER, r INTEGER, p INTEGER, since REAL);
+    PRAGMA user_version = {SCHEMA_VERSION};
+    COMMIT;
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+"""
+
+
+class Database:
+    """An SQLite file with what is said to the room, and with accounts.
+
+    The room never waits for it: a recorder writes, and what is read is in memory.  Only
+    a handler whose client changes its account waits for the disk itself.
+    """
+
+    def __init__(self, path: str, tell: Callable[[str], None]) -> None:
+        """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
+        self._path = os.path.realpath(path)
+        self._tell = tell
+        self._using = threading.Lock()  # guards the connection; held while it is used
+        try:
+            self._check_kind()
+            self._connection = self._connect(self._path)
+            self._lock_file = self._connect(f"{self._path}-lock", timeout=0)
+            self._take_lock()
+            self._connection.executescript(_SCHEMA)
+            rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
+            last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
+            rows = "SELECT key, salt, hash, n, r, p FROM accounts"
+            accounts = self._connection.execute(rows).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DatabaseError(
+                f"cannot use {path!r}: {reason} (choose another --database)"
+            ) from None
+        self._file = self._stat()
+        # Guarded by the server's lock, as the order of what is said is.
+        self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
+        self.accounts = {key: _Account(*fields) for key, *fields in accounts}
+        self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
+        self._failing = False
+        self.closing = threading.Event()  # wait for nothing any longer
+        self._recorder = Recorder(self._write, self._tell_gap)
+
+    @staticmethod
+    def _connect(path: str, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        return sqlite3.connect(
+            path, timeout, isolation_level=None, check_same_thread=False
+        )
+
+    def _check_kind(self) -> None:
+        """Raise sqlite3.Error unless the file is new or a database of this chat."""
+        try:
+            with open(
+                self._path, "r+b"
+            ) as file:  # before any lock of ours: see fcntl(2)
+                if not file.read(1):
+                    return
+        except FileNotFoundError:
+            return
+        # Immutable: another program's file is not to be touched, not even recovered.
+        uri = f"{Path(self._path).as_uri()}?immutable=1"
+        with closing(sqlite3.connect(uri, uri=True)) as database:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise sqlite3.Error("a later version of this program made it")
             try:
-                while data:
-                    data = data[_write_some(self._descriptor, data) :]
-            except OSError:
-                pass  # nobody reads it any more; the chat goes on
-            with self._changed:
-                self._unwritten_lines -= text.count("\n")
-                self._changed.notify_all()
+                database.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+            except sqlite3.OperationalError:
+                raise sqlite3.Error("it is a database of another program") from None
+
+    def _take_lock(self) -> None:
+        """Keep other servers from this file until this process ends."""
+        try:
+            self._lock_file.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            raise sqlite3.Error("another server has it open") from None
+
+    def _stat(self) -> tuple[int, int, bool]:
+        status = os.stat(self._path)
+        return status.st_dev, status.st_ino, status.st_size > 0
+
+    def close(self, seconds: float) -> None:
+        """Write all that was said, for so long at most, and close the file."""
+        self.closing.set()
+        self._recorder.close(seconds)
+        if self._using.acquire(timeout=seconds):
+            self._connection.close()
+        self._lock_file.close()
+
+    # --- what is said ---------------------------------------------------------------
+
+    def remember(self, name: str, texts: Sequence[str]) -> None:
+        """Keep messages of a member.  Never waits; caller holds the server's lock."""
+        at = time.time()
+        self._last.extend([(at, name, text) for text in texts])
+        self._recorder.put((at, name, texts), len(texts))
+
+    def history(self, most: int) -> list[str]:
+        """Return the last messages for notices.  Caller holds the server's lock."""
+        first = max(0, len(self._last) - most)
+        return [
+            f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
+            for at, name, text in islice(self._last, first, None)
+        ]
+
+    def _write(self, batch: list[tuple[float, str, Sequence[str]]]) -> None:
+        """Write a batch in one transaction, however long it takes to succeed."""
+        values = [
+            v for at, name, texts in batch for text in texts for v in (at, name, text)
+        ]
+        while True:
+            try:
+                self._insert(values)
+                break
+            except (sqlite3.Error, OSError) as error:
+                if not self._failing:
+                    self._tell(f"Cannot write to the database for now: {error}")
+                self._failing = True
+                if self.closing.wait(RETRY_SECONDS):
+                    self._tell_gap(len(values) // 3)
+                    return
+        if self._failing:
+            self._tell("The database is written again.")
+        self._failing = False
+
+    def _insert(self, values: list[Any]) -> None:
+        """Insert rows of (at, name, text).  Raises OSError or sqlite3.Error.
+
+        Many rows a statement: the interpreter lock is taken back after each of these.
+        """
+        size = 3 * ROWS_PER_INSERT
+        with self._used() as connection:
+            for first in range(0, len(values), size):
+                rows = values[first : first + size]
+                marks = ",".join(["(?,?,?)"] * (len(rows) // 3))
+                connection.execute(
+                    f"INSERT INTO messages(at, name, text) VALUES {marks}", rows
+                )
+
+    @contextmanager
+    def _used(self) -> Iterator[sqlite3.Connection]:
+        """Make a transaction.  Raises OSError or sqlite3.Error."""
+        with self._using, self._connection as connection:
+            if self._stat() != self._file:
+                raise OSError("the file has been replaced or emptied")
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+
+    def _tell_gap(self, messages: int) -> None:
+        self._tell(f"({messages} messages left out of the database)")
+
+    # --- accounts -------------------------------------------------------------------
+
+    def keep(self, name: str, password: bytes) -> None:
+        """Keep a name for its owner.  Raises ProtocolError if that fails."""
+        key, salt = protocol.name_key(name), secrets.token_bytes(SALT_BYTES)
+        account = _Account(salt, b"", **SCRYPT)
+        account = account._replace(hash=self._hash(password, account))
+        row = (key, name, *account, time.time())
+        self._change("INSERT OR REPLACE INTO accounts VALUES (?,?,?,?,?,?,?,?)", row)
+        self.accounts[key] = account
+
+    def give_up(self, name: str) -> None:
+        """Keep a name no longer.  Raises ProtocolError if it was not kept, or is still."""
+        key = protocol.name_key(name)
+        if key not in self.accounts:
+            raise ProtocolError(f"The name {name} is not kept.")
+        self._change("DELETE FROM accounts WHERE key = ?", (key,))
+        del self.accounts[key]
+
+    def _change(self, statement: str, values: tuple[Any, ...]) -> None:
+        try:
+            with self._used() as connection:
+                connection.execute(statement, values)
+        except (sqlite3.Error, OSError) as error:
+            raise ProtocolError(f"The database cannot be written: {error}.") from None
+
+    def is_password(self, account: _Account, password: bytes) -> bool:
+        """Compare in constant time."""
+        return secrets.compare_digest(account.hash, self._hash(password, account))
+
+    def _hash(self, password: bytes, account: _Account) -> bytes:
+        """Return a scrypt hash; raises ProtocolError if the server shuts down first."""
+        while not self._hashing.acquire(timeout=RETRY_SECONDS):
+            if self.closing.is_set():
+                raise ProtocolError("Server is shutting down.")
+        try:
+            return hashlib.scrypt(
+                password, salt=account.salt, n=account.n, r=account.r, p=account.p
+            )
+        finally:
+            self._hashing.release()
 
 
-def _write_some(descriptor: int, data: memoryview) -> int:
-    """Write what the descriptor takes; some terminals are shared and do not block."""
-    try:
-        return os.write(descriptor, data)
-    except BlockingIOError:
-        select.select([], [descriptor], [])
-        return 0
+# --- the program --------------------------------------------------------------------
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -1155,6 +1509,13 @@ def _parse_arguments() -> argparse.Namespace:
         f"{BURST_SECONDS} times as many; 0 means no limit",
     )  # fmt: skip
     flags.add_argument("--quiet", action="store_true", help="do not print what is said")
+    flags.add_argument(
+        "--times", action="store_true", help="print date and time before each line"
+    )
+    flags.add_argument(
+        "--database", metavar="FILE",
+        help="keep what is said, and names with a password, in this SQLite file",
+    )  # fmt: skip
     return flags.parse_args()
 
 
@@ -1169,86 +1530,91 @@ def _raise_open_file_limit(clients: int) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
         except (OSError, ValueError):
-            allowed = soft  # macOS has a limit of its own below "unlimited"
-        if allowed < needed:
-            logger.warning(
-                "Only %d open files are allowed: room for some %d of %d clients",
-                allowed, max(0, allowed - SPARE_DESCRIPTORS), clients,
-            )  # fmt: skip
-
-
-def _stay_on_one_processor() -> None:
-    """Run all threads that are started from here on on one processor, where possible.
-
-    Only one of them has the interpreter lock, and to hand it on to another processor
-    takes longer than what is mostly done with it: on two, a thousand joins at once take
-    half as long again.  What is lost is that the kernel's part of a send and of a
-    recv could run at once.
-    """
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        return  # a Python without that lock
-    try:
-        allowed = os.sched_getaffinity(0)
-        # Any of them: another server should not have to share it.
-        os.sched_setaffinity(0, {random.choice(tuple(allowed))})
-    except (AttributeError, OSError):
-        pass  # the system has no such thing, or does not let us
+            pass  # macOS has a limit of its own below "unlimited"
 
 
 def _stop_on_signals(server: ChatServer) -> None:
     """Have Ctrl-C and SIGTERM stop the server, and a second one end it at once."""
 
     def stop(*_: object) -> None:
-        # The signal's number has gone to stop_sender already.  The next one, of either
-        # kind, ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        server.stop()
 
-    # The kernel may hand a signal to any thread, and only a byte on a socket is sure to
-    # wake the main one.
-    signal.set_wakeup_fd(server.stop_sender.fileno(), warn_on_full_buffer=False)
+    # The kernel may hand a signal to any thread; this wakes the main one, which alone
+    # runs the handler.
+    signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+
+
+def _stop_on_bugs(server: ChatServer) -> list[object]:
+    """Have an exception that no thread expected stop the server; return these."""
+    bugs: list[object] = []
+
+    def stop(bug: threading.ExceptHookArgs) -> None:
+        bugs.append(bug.exc_type)
+        threading.__excepthook__(bug)  # tells of it, with the traceback
+        server.stop()
+
+    threading.excepthook = stop
+    return bugs
+
+
+# What to do about an error of the start.
+_ADVICE = {
+    errno.EADDRINUSE: "another program has that port: choose another --port",
+    errno.EACCES: "choose a --port above 1023",
+    errno.EADDRNOTAVAIL: "--host must be an address of this machine",
+    errno.EMFILE: "allow more open files: ulimit -n 1024",
+}
+
+
+def _explain(error: OSError | UnicodeError, host: str, port: int) -> str:
+    """Return why the server does not start, and what to do about that."""
+    where = f"cannot listen on {protocol.clean(host)!r}, port {port}"
+    match error:
+        case DatabaseError():
+            return str(error)
+        case UnicodeError():  # it cannot even be looked up
+            return f"{where}: that is no host name (give --host a name or an address)"
+        case socket.gaierror():
+            return f"{where}: {error.strerror} (give --host another name or address)"
+    code = error.errno or 0
+    return f"{where}: {os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
 
 
 def main() -> int:
     """Run the server; return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
     options = _parse_arguments()
-    # A stream that was closed before the start is None.
-    screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
-    encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
-    try:
-        server = ChatServer(
-            options.host,
-            options.port,
-            max_clients=options.max_clients,
-            lines_per_second=options.rate,
-            log_messages=not options.quiet,
-        )
-    except (OSError, ValueError) as error:  # ValueError: not a host name at all
-        reason = getattr(error, "strerror", None) or error
-        host = protocol.clean(options.host)
-        print(
-            f"server.py: cannot listen on {host}, port {options.port}: {reason}"
-            " (try another --host or --port)",
-            file=sys.stderr,
-        )
-        return 1
-
-    _stop_on_signals(server)
-    _stay_on_one_processor()  # the first of the other threads is the log writer's
-    # A thread that computes makes every send wait this long for the interpreter lock.
-    sys.setswitchinterval(0.0005)
-    writer = LogWriter(screen, encoding)
-    logger.addHandler(writer)
-    logger.setLevel(logging.INFO)
-    logger.info("Server is running...")
-    logger.info("Listening on %s", server.address)
     _raise_open_file_limit(options.max_clients)
-    server.serve()
-    writer.drain(LAST_LINES_SECONDS)
-    return 0
+    terminal = Terminal(times=options.times)
+    database = None
+    try:
+        if options.database is not None:
+            database = Database(options.database, terminal.tell)
+        server = ChatServer(
+            options.host, options.port, max_clients=options.max_clients,
+            lines_per_second=options.rate, tell_messages=not options.quiet,
+            tell=terminal.tell, database=database,
+        )  # fmt: skip
+    except (OSError, UnicodeError) as error:
+        reason = _explain(error, options.host, options.port)
+        print(f"server.py: {reason}", file=sys.stderr)
+        return 1
+    bugs = _stop_on_bugs(server)
+    _stop_on_signals(server)
+    terminal.tell(f"Server is running...\nListening on {server.address}")
+    if database and not server.is_local:
+        terminal.tell("Passwords travel in the clear: see README, Over the network.")
+    try:
+        server.serve()
+    finally:
+        if database:
+            database.close(LAST_LINES_SECONDS)
+        terminal.close(LAST_LINES_SECONDS)
+    return 1 if bugs else 0
 
 
 if __name__ == "__main__":

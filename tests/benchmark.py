@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from threading import Timer
 from typing import NamedTuple, Self
 
@@ -114,8 +115,10 @@ asyncio.run(main())
 SERVER = Path(__file__).resolve().parent.parent / "server.py"
 FLAGS = ["--port", "0", "--rate", "0", "--max-clients", "20000", "--quiet"]
 THIS = "this server"
+DATABASE = "chat.db"  # in a folder of the run's own
 DESIGNS = {  # what Python is to run
     THIS: [str(SERVER), *FLAGS],
+    "with --database": [str(SERVER), *FLAGS, "--database", DATABASE],
     "thread per client": ["-c", THREAD_PER_CLIENT],
     "asyncio": ["-c", ASYNCIO],
 }
@@ -525,13 +528,17 @@ Results = dict[tuple[str, str], list[Result]]  # workload and design → its run
 @contextmanager
 def started(command: list[str]) -> Iterator[tuple[int, int]]:
     """Run a server for the time of a `with` block; give its process id and port."""
-    with subprocess.Popen(
-        [sys.executable, *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
+    with (
+        TemporaryDirectory() as folder,
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process,
+    ):
         guard = Timer(RUN_SECONDS, process.kill)
         try:
             guard.start()

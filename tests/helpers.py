@@ -1,7 +1,7 @@
 """What the tests share: a raw peer, and the server in a thread or in a process.
 
-Nothing here sleeps.  HANG_SECONDS is a guard that ends a test which would wait for ever;
-no claim depends on it.
+HANG_SECONDS is a guard that ends a test which would wait for ever; no claim depends on
+it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+import pytest
 
 from server import ChatServer
 
@@ -27,6 +31,31 @@ PROJECT = Path(__file__).resolve().parent.parent
 # The kernel swallows megabytes before a reader that never reads stops anybody; with
 # this on both sides it is some kilobytes.
 SMALL_BUFFER = 4096
+MIB = 1024 * 1024
+SHUTTING_DOWN = "* Server is shutting down."
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads /proc"
+)
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+
+
+def joined(name: str) -> str:
+    """Return what the others read when somebody joins."""
+    return f"* {name} has joined the chat."
+
+
+def left(name: str) -> str:
+    """Return what the others read when somebody leaves."""
+    return f"* {name} has left the chat."
+
+
+def wait_until(fact: Callable[[], bool]) -> None:
+    """Wait for a fact that nothing reports."""
+    give_up_at = time.monotonic() + HANG_SECONDS
+    while not fact():
+        assert time.monotonic() < give_up_at
+        select.select([], [], [], 0.005)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -112,6 +141,11 @@ class Peer:
         self._lines.clear()
         return lines
 
+    def drain(self) -> None:
+        """Read and forget until EOF."""
+        while self.socket.recv(MIB):
+            pass
+
     def half_close(self) -> None:
         """Send no more, but go on reading: a FIN."""
         self.socket.shutdown(socket.SHUT_WR)
@@ -194,7 +228,7 @@ class Room(_Chat):
     """A ChatServer in a thread of this process."""
 
     def __init__(
-        self, host: str = "127.0.0.1", *, small_buffers: bool = False, **options: int
+        self, host: str = "127.0.0.1", *, small_buffers: bool = False, **options: Any
     ) -> None:
         """small_buffers: the accepted sockets send from one; options: the ChatServer's."""
         with small_send_buffers() if small_buffers else nullcontext():
@@ -255,27 +289,37 @@ class LineReader:
         return chunk != b""
 
 
-_SMALL_BUFFERS_SCRIPT = """
-import sys
-import server
-sys.path.append("tests")
-import helpers
-with helpers.small_send_buffers():
-    sys.exit(server.main())
+_PATCHED = """
+import errno, os, signal, socket, sys, threading
+import protocol, server
+{}
+sys.exit(server.main())
 """
+_SMALL_BUFFERS = (
+    "sys.path.append('tests'); import helpers; helpers.small_send_buffers().start()"
+)
 
 
 class ServerProcess(_Chat):
     """The real `python server.py`."""
 
     def __init__(
-        self, *flags: str, limits: str = "", small_buffers: bool = False
+        self,
+        *flags: str,
+        limits: str = "",
+        small_buffers: bool = False,
+        patch: str = "",
     ) -> None:
         """Start it and wait until it listens.
 
         limits: a shell command such as "ulimit -n 64" that is run before it.
+        patch: Python that breaks it before it starts; errors are expected then.
         """
-        program = ["-c", _SMALL_BUFFERS_SCRIPT] if small_buffers else ["server.py"]
+        self.errors: str | None = None  # what it wrote to stderr, once it has ended
+        self.errors_expected = patch != ""
+        if small_buffers:
+            patch = f"{_SMALL_BUFFERS}\n{patch}"
+        program = ["-c", _PATCHED.format(patch)] if patch else ["server.py"]
         command = [sys.executable, *program, "--port", "0", *flags]
         if limits:
             command = ["sh", "-c", f'{limits} && exec "$@"', "sh", *command]
@@ -289,7 +333,7 @@ class ServerProcess(_Chat):
         except BaseException:
             print(self.end())
             raise
-        super().__init__(self.start_lines[-1].removeprefix("Listening on "))
+        super().__init__(self.start_lines[-1].rpartition(" ")[2])
 
     def interrupt(self) -> None:
         """Press Ctrl-C."""
@@ -314,18 +358,30 @@ class ServerProcess(_Chat):
 
     def end(self) -> str:
         """Kill it if it still runs; return what it wrote to stderr."""
-        self.process.kill()
-        self.process.wait(HANG_SECONDS)
-        assert self.process.stdout
-        assert self.process.stderr
-        with self.process.stdout, self.process.stderr:
-            return self.process.stderr.read().decode()
+        if self.errors is None:
+            self.process.kill()
+            assert self.process.stdout
+            assert self.process.stderr
+            with self.process.stdout, self.process.stderr:
+                self.errors = self.process.stderr.read().decode()
+            self.process.wait(HANG_SECONDS)
+        return self.errors
 
 
-def run_server(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `python server.py` to its end, for a start that fails."""
+StartRoom = Callable[..., Room]
+StartServer = Callable[..., ServerProcess]
+
+
+def run_server(
+    *arguments: str, limits: str = "true", program: Iterable[str] = ("server.py",)
+) -> subprocess.CompletedProcess[str]:
+    """Run `python server.py` to its end, for a start that fails.
+
+    limits: a shell command that is run before it; program: what to run instead.
+    """
     return subprocess.run(
-        [sys.executable, "server.py", *arguments],
+        ["sh", "-c", f'{limits} && exec "$@"', "sh", sys.executable]
+        + [*program, *arguments],
         check=False,
         cwd=PROJECT,
         capture_output=True,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import select
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class Visit:
         self.number = number  # of the visits of this person, from 0
         self.started = ""  # of a line without its newline yet
         self.said: list[str] = []
+        self.whispers: list[tuple[str, str]] = []  # to whom, and what they read
         self.read: list[str] = []
         self.vanished = False
 
@@ -106,6 +108,15 @@ class Play:
         visit.peer.send(b"\xff\n")
         visit.started = ""
         visit.said.append("")  # a refusal, which only its author reads
+
+    def _whispers(self, step: Step, visit: Visit) -> None:
+        recipient = NAMES[step.number % len(NAMES)]
+        if visit.started:
+            self._says(step, visit)  # ends the line that was begun
+        else:
+            visit.peer.say(f"/msg {recipient.lower()} {step.number}")
+            private = f"{step.name} (private): {step.number}"
+            visit.whispers.append((recipient, private))
 
     def _reads(self, step: Step, visit: Visit) -> None:
         while select.select([visit.peer.socket], [], [], 0)[0]:
@@ -188,12 +199,19 @@ class Play:
                 expected_online.remove(name)
                 stays[name][-1] = slice(stays[name][-1].start, position)
         assert expected_online == {"Watcher", *self.now}
+        gone = {name for name in NAMES if any(v.vanished for v in self.visits[name])}
+        heard = {n: [ln for v in self.visits[n] for ln in v.read] for n in NAMES}
         for name, visits in self.visits.items():
             assert len(stays[name]) == len(visits), f"the visits of {name}"
             for visit, stay in zip(visits, stays[name], strict=True):
-                self._check_visit(name, visit, self.order[stay])
+                lost = [to for to, line in visit.whispers if heard[to].count(line) != 1]
+                unsure = sum(to in gone for to in lost)
+                self._check_visit(name, visit, self.order[stay], len(lost), unsure)
 
-    def _check_visit(self, name: str, visit: Visit, heard: list[str]) -> None:
+    def _check_visit(
+        self, name: str, visit: Visit, heard: list[str], lost: int, unsure: int
+    ) -> None:
+        """lost: private messages that did not arrive, of which some may be unread."""
         who = f"{name}, visit {visit.number}"
         said = [f"{name}: {text}" for text in visit.said if text]
         passed_on = [line for line in heard if line.startswith(f"{name}: ")]
@@ -202,12 +220,13 @@ class Play:
             said = said[: len(passed_on)]
         assert passed_on == said, f"{who}: what was passed on"
         refusals = [line for line in visit.read if line.startswith("! ")]
-        read = [line for line in visit.read if not line.startswith("! ")]
+        read = [line for line in visit.read if not re.match(r"! |\S+ \(priv", line)]
         others = [line for line in heard if not line.startswith(f"{name}: ")]
         if visit.vanished:
             others = others[: len(read)]
         else:
-            assert len(refusals) == visit.said.count(""), f"{who}: refusals"
+            most = visit.said.count("") + lost
+            assert most - unsure <= len(refusals) <= most, f"{who}: refusals"
         assert read == others, f"{who}: what was read"
 
 
@@ -221,7 +240,7 @@ def left(name: str) -> str:
 
 def online_by(welcome: str) -> set[str]:
     """Return the names that a welcome tells."""
-    names = welcome.partition("Also online: ")[2].removesuffix(".")
+    names = welcome.partition("Also online: ")[2].partition(". ")[0]
     return set(names.split(", "))
 
 
@@ -232,6 +251,7 @@ ACTIONS = {
     "says much": 20,
     "says half": 8,
     "says nonsense": 4,
+    "whispers": 6,
     "reads": 10,
     "claims a taken name": 2,
     "quits": 2,
