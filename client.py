@@ -17,7 +17,7 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     # Before the other imports take their time: Ctrl-C ends them without a traceback.
-    import _signal  # what signal is made of; that one takes its time itself
+    import _signal  # type: ignore[import-not-found]  # signal itself takes its time
     import sys
 
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
