@@ -178,8 +178,6 @@ class ChatClient:
 
     def _open(self, seconds: float) -> None:
         """Make a new connection; its receiver is still to be started."""
-        if not self._address[0]:
-            raise ValueError("no host")
         self._socket = socket.create_connection(self._address, seconds)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -201,7 +199,11 @@ class ChatClient:
         self._awaits_answer = False
 
     def run(self) -> int:
-        """Run the session and return the exit status."""
+        """Run the session and return the exit status.
+
+        Raises SystemExit if a signal ends the program, and whatever bug ended the
+        receiver.  The connection is closed and the receiver has ended in any case.
+        """
         try:
             self._terminal.show("Connected to server.")
             self._start_receiver()
@@ -217,8 +219,9 @@ class ChatClient:
             self._hang_up()
 
     def _stay(self) -> str:
-        """Return what to say when the person leaves.
+        """Go through menu, name and chat until the person leaves; return what to say.
 
+        A lost connection leads back to the menu, where 1 makes a new one.
         Raises ConnectionLost if nobody is there to try again, and ServerFull.
         """
         while True:
@@ -255,7 +258,10 @@ class ChatClient:
     # --- joining --------------------------------------------------------------------
 
     def _join(self) -> bool:
-        """Ask for a name until the server takes one; False if the person leaves."""
+        """Ask for a name until the server takes one; False if the person leaves.
+
+        Raises ServerFull, or ConnectionLost.
+        """
         if not self._terminal.person:
             self._status = 1  # until it is in
         self._check_connection()
@@ -285,7 +291,10 @@ class ChatClient:
         return None
 
     def _send_name(self, name: str) -> ServerLine | None:
-        """Return the server's answer to a name; None if the person leaves."""
+        """Return the server's answer to a name; None if the person leaves.
+
+        A connection that ended while the person thought about it is made again.
+        """
         self._check_connection()
         try:
             return self._exchange(name)
@@ -327,7 +336,11 @@ class ChatClient:
         self._start_receiver()
 
     def _has_heard_all(self) -> bool:
-        """Tell whether the receiver has taken all that has arrived."""
+        """Tell whether the receiver has taken all that has arrived.
+
+        The order counts: the receiver is not idle before it reads, so what has left the
+        socket in between is either taken already or makes it busy.
+        """
         if self._end:
             return True
         arrived = select.select([self._socket], [], [], 0)[0]
@@ -418,6 +431,7 @@ class ChatClient:
         return self._terminal.wait(fact, LEAVE_SECONDS)
 
     def _leave(self, leaving: str) -> None:
+        """Say goodbye, and see to it that what was sent arrives."""
         self._terminal.leaving = True
         self._terminal.show(leaving)
         if self._joined:
@@ -488,6 +502,7 @@ class ChatClient:
         self._terminal.nudge()
 
     def _receive(self, client_socket: socket.socket) -> bytes:
+        """Wait for bytes and return them; b"" at EOF."""
         self._idle = True
         if not self._joined:
             self._terminal.nudge()  # _check_connection() may wait for it

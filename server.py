@@ -96,7 +96,7 @@ LOOK_SECONDS = 0.02  # between two looks at the connections that linger
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
-LAST_LINES_SECONDS = 0.3  # for them, after the shutdown
+LAST_LINES_SECONDS = 0.2  # for them, after the shutdown
 # They come in bursts, and a batch costs little more than a line.
 GATHER_SECONDS = 0.005
 
@@ -214,6 +214,7 @@ class ChatServer:
         # Connections that we have ended, until the peer ends them too: socket → the
         # time at which we wait no longer.  Handlers add, only the main thread removes.
         self._lingering: dict[socket.socket, float] = {}
+        self._look_at = 0.0  # when to look at them next
 
         # Guards the names below, and the outbox, which change together.  Held for table
         # operations only: never while sending, receiving or joining a thread.
@@ -262,10 +263,12 @@ class ChatServer:
         if now >= self._accept_at:
             self._accept_at = FOREVER
             self._arrivals.register(self._listener, selectors.EVENT_READ)
-        for client_socket, close_at in self._lingering.copy().items():
-            if now >= close_at or _has_ended(client_socket):
-                del self._lingering[client_socket]
-                client_socket.close()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            for client_socket, close_at in self._lingering.copy().items():
+                if now >= close_at or _has_ended(client_socket):
+                    del self._lingering[client_socket]
+                    client_socket.close()
         with self._lock:
             late = list(takewhile(lambda client: client.join_by <= now, self._unjoined))
             for client in late:
@@ -275,7 +278,7 @@ class ChatServer:
             reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
             self._dismiss(client, "it has not joined in time", reason)
         if self._lingering:
-            due.append(now + LOOK_SECONDS)
+            due.append(self._look_at)
         return min([self._accept_at, *due]) - now
 
     def _accept_one(self) -> None:
@@ -493,7 +496,7 @@ class ChatServer:
         more = len(self.clients) - MAX_NAMES_LISTED
         others = f"{names} and {more} more" if more > 0 else names
         online = others or "nobody yet"
-        return f"Welcome, {name}! Also online: {online}. /help lists the commands."
+        return f"Welcome, {name}! /help lists the commands. Also online: {online}."
 
     def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
         """Broadcast what a member says, and obey its commands, until it leaves."""
@@ -617,7 +620,7 @@ class ChatServer:
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
         self._database.keep(client.name, protocol.check_password(line))
-        self._answer(client, f"The name {client.name} is now kept for you.")
+        self._answer(client, f"The name {client.name} is now kept for you, its owner.")
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
@@ -1573,13 +1576,12 @@ _ADVICE = {
 def _explain(error: OSError | UnicodeError, host: str, port: int) -> str:
     """Return why the server does not start, and what to do about that."""
     where = f"cannot listen on {protocol.clean(host)!r}, port {port}"
-    match error:
-        case DatabaseError():
-            return str(error)
-        case UnicodeError():  # it cannot even be looked up
-            return f"{where}: that is no host name (give --host a name or an address)"
-        case socket.gaierror():
-            return f"{where}: {error.strerror} (give --host another name or address)"
+    if isinstance(error, DatabaseError):
+        return str(error)
+    if isinstance(error, UnicodeError):  # it cannot even be looked up
+        return f"{where}: that is no host name (give --host a name or an address)"
+    if isinstance(error, socket.gaierror):
+        return f"{where}: {error.strerror} (give --host another name or address)"
     code = error.errno or 0
     return f"{where}: {os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
 

@@ -333,7 +333,7 @@ class Terminal:
         flags = os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK
         keyboard = os.open(self._name, flags)
         try:
-            tty.setcbreak(keyboard)
+            tty.setcbreak(keyboard, termios.TCSANOW)
             return os.read(keyboard, 65536)
         except BlockingIOError:
             return b""

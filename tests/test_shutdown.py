@@ -307,7 +307,8 @@ def test_an_exception_in_accepting_ends_the_server_in_order(
     chat = start_server(patch=ACCEPTING.format(error))
     alex, bob = chat.members("Alex", "Bob")
 
-    chat.connect()
+    with suppress(ConnectionError):  # the server may be quicker to end than to answer
+        chat.connect()
 
     for peer in (alex, bob):
         assert peer.rest() == [SHUTTING_DOWN]
