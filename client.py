@@ -6,11 +6,11 @@ Threads:
                 being typed, and tells the main thread what concerns it
 
 Only the receiver reads the socket.  The main thread waits in one place, Terminal._watch,
-for keys, signals and the receiver alike, so that leaving never depends on the server.
+for keys, signals and the receiver alike: leaving never depends on the server, and a
+signal handler has nothing to do but to note the signal.
 
-A terminal object owns keyboard and screen: LineEditor on a terminal, PlainTerminal for
-pipes, dumb terminals and Windows.  Both have the same methods, so nothing else here
-knows which one it talks to.
+A terminal object owns keyboard and screen: LineEditor, which alone knows escape
+sequences, or PlainTerminal for pipes, dumb terminals and Windows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import cycle
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import protocol
 from protocol import ServerLine
@@ -55,7 +55,6 @@ except ImportError:  # Windows
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
 RECEIVE_BYTES = 65536
-
 READ_BYTES = 4096  # of the keyboard or a pipe
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
 PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
@@ -69,19 +68,19 @@ NAMES_SEEN = 1000
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 CHOICES = {"1": "Join the chat", "q": "Leave the chat", "2": "Exit the program"}
 LEAVING = "Leaving the chat..."
+MESSAGE = "You: "  # what is typed here can be half typed, pasted, and recalled
+PASSWORD = "Password: "  # what is typed here is not shown, and remembered nowhere
 # The line after one of these is a secret, and the server says so with a question.
 SECRET_COMMANDS = frozenset({"/register"})
 
 # Windows has no such flag: there a server that hangs holds up a line until it goes on.
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
+Fact = Callable[[], object]  # is so if what it returns is true
+
 
 class ConnectionLost(Exception):
     """The server is gone; str() of it is the reason."""
-
-
-class ServerFull(Exception):
-    """The server has no room, which has been shown."""
 
 
 # --- the program --------------------------------------------------------------------
@@ -96,9 +95,8 @@ def client_program() -> int:
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
-        print(
-            f"client.py: cannot connect to {where}: {_explain(error)}", file=sys.stderr
-        )
+        reason = _explain(error)
+        print(f"client.py: cannot connect to {where}: {reason}", file=sys.stderr)
         return 1
     with terminal:
         return client.run()
@@ -121,13 +119,9 @@ def _parse_arguments() -> argparse.Namespace:
         "--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
         help="the server's TCP port",
     )  # fmt: skip
-    flags.add_argument(
-        "--times", action="store_true", help="show the time before each line"
-    )
-    flags.add_argument(
-        "--bell", action="store_true",
-        help="ring for private messages, and for those that name you",
-    )  # fmt: skip
+    times, bell = "show the time before each line", "ring for what is meant for you"
+    flags.add_argument("--times", action="store_true", help=times)
+    flags.add_argument("--bell", action="store_true", help=bell)
     return flags.parse_args()
 
 
@@ -173,57 +167,45 @@ class ChatClient:
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now
         self._hangs = False  # the server takes nothing any more
-        self._draft = Draft()  # what is half typed, while it cannot be typed on
-        self._open(CONNECT_SECONDS)
+        self._connect(CONNECT_SECONDS)
 
-    def _open(self, seconds: float) -> None:
-        """Make a new connection; its receiver is still to be started."""
+    def _connect(self, seconds: float) -> None:
+        """Make a new connection and start its receiver."""
         self._socket = socket.create_connection(self._address, seconds)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._receiver = threading.Thread(
-            target=self.receive_messages, args=(self._socket,), name="receiver"
-        )
         # What the receiver tells the main thread, with a nudge of the terminal.  Each is
         # set in one step, so there is no lock.
         self._end = ""  # why the connection has ended
-        self._idle = False  # all that it has read is taken
-        self._bug: Exception | None = None  # that ended the receiver
         self._joined = False
-        self._early: ServerLine | None = None  # a notice or refusal before any name
-        self._answer: ServerLine | None = None  # to what was sent to get in
-        self._question = False  # a password is asked for, in the chat
-        self._refused = False  # a line was, in the chat
-        # And the other way round: the next notice, refusal or question is the answer.
-        self._awaits_answer = False
+        # The last line that concerns it: an answer to a name or a password, or once
+        # joined a refusal or a question.  Each line that is sent begins anew.
+        self._answer: ServerLine | None = None
+        self._awaits_answer = False  # to a name or password; the other way round
+        self._receiver = threading.Thread(
+            target=self.receive_messages, args=(self._socket,), name="receiver"
+        )
+        try:
+            self._receiver.start()
+        except RuntimeError as error:  # the system has no more threads
+            self._end = str(error)
 
     def run(self) -> int:
-        """Run the session and return the exit status.
-
-        Raises SystemExit if a signal ends the program, and whatever bug ended the
-        receiver.  The connection is closed and the receiver has ended in any case.
-        """
+        """Run the session and return the exit status."""
         try:
             self._terminal.show("Connected to server.")
-            self._start_receiver()
             try:
                 leaving = self._stay()
             except KeyboardInterrupt:
                 self._status, leaving = INTERRUPTED, LEAVING
-            except (ConnectionLost, ServerFull):
-                return 1
             self._leave(leaving)
             return self._status
         finally:
             self._hang_up()
 
     def _stay(self) -> str:
-        """Go through menu, name and chat until the person leaves; return what to say.
-
-        A lost connection leads back to the menu, where 1 makes a new one.
-        Raises ConnectionLost if nobody is there to try again, and ServerFull.
-        """
+        """Go through menu, name and chat; return what to say when the person leaves."""
         while True:
             try:
                 choice = self.menu()
@@ -234,8 +216,8 @@ class ChatClient:
                 self._hang_up()
                 self._terminal.show(f"Connection lost: {lost}.")
                 self._status = 1
-                if not self._terminal.person:
-                    raise
+                if not self._terminal.person:  # nobody is there to try again
+                    sys.exit(1)
                 # It was meant for the chat, and would be taken for answers.
                 self._terminal.forget_typed()
 
@@ -243,25 +225,16 @@ class ChatClient:
         """Show the menu until one of CHOICES is chosen."""
         while True:
             self._terminal.show(*(f"{key}. {what}" for key, what in CHOICES.items()))
-            answer = self._ask("Enter your choice: ")
-            if answer is None:
-                return "q"
-            if (choice := answer.strip()) in ("1", "2"):
+            answer = self._terminal.ask("Enter your choice: ")
+            choice = "q" if answer is None else answer.strip()
+            if choice in CHOICES:
                 return choice
             self._terminal.show(f"Please choose one of these: {', '.join(CHOICES)}.")
-
-    def _ask(self, prompt: str, *, hidden: bool = False) -> str | None:
-        """Return the answer to a prompt; None if the person leaves."""
-        answer = self._terminal.ask(prompt, hidden=hidden)
-        return None if answer is None or _is_quit(answer) else answer
 
     # --- joining --------------------------------------------------------------------
 
     def _join(self) -> bool:
-        """Ask for a name until the server takes one; False if the person leaves.
-
-        Raises ServerFull, or ConnectionLost.
-        """
+        """Ask for a name until the server takes one; False if the person leaves."""
         if not self._terminal.person:
             self._status = 1  # until it is in
         self._check_connection()
@@ -269,82 +242,66 @@ class ChatClient:
             self._terminal.show(f"Joining the chat as {name}...")
             answer = self._send_name(name)
             while answer and answer.mark == "?":
-                password = self._ask("Password: ", hidden=True)
+                password = self._terminal.ask(PASSWORD)
                 # Never on a new connection: there it would be taken for a name.
                 answer = None if password is None else self._exchange(password)
             if not answer:
                 return False
-            if _says_full(answer):
-                raise ServerFull
-            if answer.mark == "*":
+            if self._joined:
                 self._status, self._name = 0, name
                 self._terminal.know_name(name)
                 return True
+            self._end_if_full()
         return False
 
     def _ask_name(self) -> str | None:
         offer = f" [{self._name}]" if self._name else ""
-        while (answer := self._ask(f"Enter your username{offer}: ")) is not None:
+        prompt = f"Enter your username{offer}: "
+        while (answer := self._terminal.ask(prompt)) is not None:
             if name := protocol.clean(answer).strip() or self._name:
                 return name
             self._terminal.show("Please enter a name, or q to leave.")
         return None
 
     def _send_name(self, name: str) -> ServerLine | None:
-        """Return the server's answer to a name; None if the person leaves.
-
-        A connection that ended while the person thought about it is made again.
-        """
+        """Return the server's answer to a name; None if the person leaves."""
         self._check_connection()
         try:
             return self._exchange(name)
-        except ConnectionLost:
-            # It ended between our look at it and now, or it was about to.
+        except ConnectionLost:  # between our look at it and now
             self._check_connection()
             return self._exchange(name)
+
+    def _check_connection(self) -> None:
+        """Connect again if the server has ended a connection that nobody used.
+
+        Ends the program if it had no room.  Raises ConnectionLost if it is gone.
+        """
+        # Whatever has arrived is to be heard first.  At its end the socket stays readable.
+        self._wait(lambda: self._end or not _is_readable(self._socket))
+        self._end_if_full()
+        if self._end:
+            self._hang_up()
+            try:
+                self._connect(LEAVE_SECONDS)
+            except OSError as error:
+                raise ConnectionLost(_reason(error)) from None
+
+    def _end_if_full(self) -> None:
+        if self._answer and _says_full(self._answer):
+            self._terminal.show(self._answer)
+            sys.exit(1)
 
     def _exchange(self, text: str) -> ServerLine | None:
         """Send a line and return the answer; None if the person leaves.
 
         Raises ConnectionLost.
         """
-        self._answer, self._awaits_answer = None, True
-        if not self._send(text):
+        if not self._send(text) or not self._wait(lambda: self._answer or self._end):
             return None
-        if not self._wait(lambda: self._answer is not None or self._end != ""):
-            return None
-        if self._answer is None:
+        if not self._answer:
             raise ConnectionLost(self._end)
         return self._answer
-
-    def _check_connection(self) -> None:
-        """Connect again if the server has ended a connection that nobody used.
-
-        Raises ServerFull if it had no room, ConnectionLost if it is gone.
-        """
-        self._wait(self._has_heard_all)
-        if self._early and _says_full(self._early):
-            self._terminal.show(self._early)
-            raise ServerFull
-        if not self._end:
-            return
-        self._hang_up()
-        try:
-            self._open(LEAVE_SECONDS)
-        except OSError as error:
-            raise ConnectionLost(_reason(error)) from None
-        self._start_receiver()
-
-    def _has_heard_all(self) -> bool:
-        """Tell whether the receiver has taken all that has arrived.
-
-        The order counts: the receiver is not idle before it reads, so what has left the
-        socket in between is either taken already or makes it busy.
-        """
-        if self._end:
-            return True
-        arrived = select.select([self._socket], [], [], 0)[0]
-        return not arrived and self._idle
 
     # --- chatting -------------------------------------------------------------------
 
@@ -353,51 +310,34 @@ class ChatClient:
         going_on = True
         while going_on:
             if self._end:
+                if half_typed := self._terminal.draft[0]:
+                    self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
                 raise ConnectionLost(self._end)
-            try:
-                going_on = self._tell_secret() if self._question else self._say()
-            except Woken as woken:
-                self._draft = woken.draft or self._draft
-                if self._end and self._draft.text:  # it stays to be seen meanwhile
-                    self._terminal.show(f"You: {self._draft.text}")
+            going_on = self._tell_secret() if self._is_asked() else self._say()
+
+    def _is_asked(self) -> bool:
+        return self._answer is not None and self._answer.mark == "?"
 
     def _say(self) -> bool:
         """Send the next line that is typed; False if the person leaves."""
-        draft, self._draft = self._draft, Draft()
-        text = self._terminal.ask(
-            "You: ", until=lambda: self._end != "" or self._question, draft=draft
-        )
+        text = self._terminal.ask(MESSAGE, lambda: self._end or self._is_asked())
         if text is None:
-            return False
-        if _is_quit(text):
             self._terminal.leaving = True
             self._send("q")
             return False
-        if text in ("q", "Q"):
-            text += " "  # pasted: with the blank it is a message
         try:
             # As it is: cleaned it may be longer than a line may be.
-            return not text.strip() or self._send(text) and self._await_question(text)
+            if protocol.split_command(text)[0] in SECRET_COMMANDS:
+                return self._exchange(text) is not None
+            return not text.strip() or self._send(text)
         except ConnectionLost:
-            self._draft = Draft(text)
+            self._terminal.draft = (text, len(text))
             raise
-
-    def _await_question(self, text: str) -> bool:
-        """After a line that leads to a question, wait for it: what is typed is secret.
-
-        False if the person leaves.
-        """
-        if protocol.split_command(text)[0] not in SECRET_COMMANDS:
-            return True
-        return self._wait(lambda: self._question or self._refused or self._end != "")
 
     def _tell_secret(self) -> bool:
         """Send a password; False if the person leaves."""
-        self._question = False
-        answer = self._terminal.ask(
-            "Password: ", hidden=True, until=lambda: self._end != ""
-        )
-        return answer is not None and not _is_quit(answer) and self._send(answer)
+        password = self._terminal.ask(PASSWORD, lambda: self._end)
+        return password == "" or password is not None and self._send(password)
 
     # --- sending, waiting and leaving -----------------------------------------------
 
@@ -407,7 +347,7 @@ class ChatClient:
         Raises ConnectionLost.
         """
         unsent = memoryview(protocol.encode_line(text))
-        self._refused = False
+        self._answer, self._awaits_answer = None, True
 
         def is_sent() -> bool:
             nonlocal unsent
@@ -422,11 +362,11 @@ class ChatClient:
             self._hangs = not self._terminal.wait(is_sent, patience, self._socket)
         except OSError as error:
             # The receiver says why, once it has shown all that had arrived.
-            self._wait(lambda: self._end != "")
+            self._wait(lambda: self._end)
             raise ConnectionLost(self._end or _reason(error)) from None
         return not self._hangs
 
-    def _wait(self, fact: Callable[[], bool]) -> bool:
+    def _wait(self, fact: Fact) -> bool:
         """Wait until the receiver has told something; False if the person leaves."""
         return self._terminal.wait(fact, LEAVE_SECONDS)
 
@@ -435,9 +375,11 @@ class ChatClient:
         self._terminal.leaving = True
         self._terminal.show(leaving)
         if self._joined:
-            # Everything sent is delivered before the server closes its side.
             _shut_down(self._socket, socket.SHUT_WR)
-            self._wait_for_end()
+            try:
+                self._wait_for_end()
+            except KeyboardInterrupt:
+                self._status = INTERRUPTED
         self._hang_up()
         self._terminal.show("Connection closed.")
 
@@ -451,95 +393,69 @@ class ChatClient:
         patient = not (self._terminal.person or interrupted)
         patience = math.inf if patient else LEAVE_SECONDS
         unread = _unread_bytes(self._socket)
-        try:
-            while not self._hangs:
-                if self._terminal.wait(lambda: self._end != "", patience):
-                    return
-                before, unread = unread, _unread_bytes(self._socket)
-                self._hangs = interrupted or not 0 < unread < before
-        except KeyboardInterrupt:
-            self._status = INTERRUPTED
-            return
-        if unread and not interrupted:
+        while not self._hangs and not self._terminal.wait(lambda: self._end, patience):
+            before, unread = unread, _unread_bytes(self._socket)
+            self._hangs = interrupted or not 0 < unread < before
+        if unread and self._hangs and not interrupted:
             self._terminal.show(f"The server has not taken the last {unread} bytes.")
 
     def _hang_up(self) -> None:
-        """Close the connection and end the receiver; again does nothing.
-
-        Raises what ended the receiver, if that was a bug.
-        """
+        """Close the connection and end the receiver; again does nothing."""
         _shut_down(self._socket, socket.SHUT_RDWR)  # wakes the receiver
         if self._receiver.is_alive():
             self._receiver.join()
         self._socket.close()
         self._joined = False
-        bug, self._bug = self._bug, None
-        if bug:
-            raise bug
 
     # --- receiving ------------------------------------------------------------------
-
-    def _start_receiver(self) -> None:
-        try:
-            self._receiver.start()
-        except RuntimeError as error:  # the system has no more threads
-            self._end = str(error)
 
     def receive_messages(self, client_socket: socket.socket) -> None:
         """Show what comes until the connection ends.  Runs in the receiver thread."""
         splitter = protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
-        end = "the server closed the connection"
+        end = "this client has a bug"  # it has been told on stderr by then
         try:
-            while chunk := self._receive(client_socket):
+            while chunk := client_socket.recv(RECEIVE_BYTES):
                 lines = map(protocol.decode_shown, splitter.feed(chunk))
                 self._take([protocol.parse_server_line(line) for line in lines])
+            end = "the server closed the connection"
         except OSError as error:
             end = _reason(error)
-        except Exception as error:  # noqa: BLE001  a bug: _hang_up() raises it
-            self._bug = error
-            end = repr(error)
-        self._end = end
-        self._terminal.nudge()
-
-    def _receive(self, client_socket: socket.socket) -> bytes:
-        """Wait for bytes and return them; b"" at EOF."""
-        self._idle = True
-        if not self._joined:
-            self._terminal.nudge()  # _check_connection() may wait for it
-        select.select([client_socket], [], [])
-        self._idle = False  # before it is read: see _has_heard_all()
-        return client_socket.recv(RECEIVE_BYTES)
+        finally:
+            self._end = end
+            self._terminal.nudge()
 
     def _take(self, lines: list[ServerLine]) -> None:
         """Show lines, and tell the main thread of those that concern it."""
         shown, answer = [], None
-        asked = refused = False
         for line in lines:
             if self._joined:
-                asked |= line.mark == "?"
-                refused |= line.mark == "!"
-            elif line.mark and not self._awaits_answer:
-                self._early = line
+                answer = line if line.mark in ("!", "?") else answer
+            elif _says_full(line):
+                answer = line  # which is not shown before 1 is chosen
                 continue
+            elif line.mark and not self._awaits_answer:
+                continue  # nobody has asked for anything yet
             elif line.mark:
                 answer, self._awaits_answer = line, False
                 self._joined = line.mark == "*"
             shown.append(line)
         # First, so that the next prompt comes below.
         self._terminal.show(*shown)
-        self._question |= asked
-        self._refused |= refused
-        if answer or asked or refused:
-            self._answer = answer or self._answer
+        self._answer = answer or self._answer
+        if answer or not self._joined:
             self._terminal.nudge()
-
-
-def _is_quit(answer: str) -> bool:
-    return not isinstance(answer, Pasted) and answer.strip().lower() == "q"
 
 
 def _says_full(line: ServerLine) -> bool:
     return line.mark == "!" and line.text.startswith(protocol.FULL)
+
+
+def _is_quit(text: str) -> bool:
+    return text.strip().lower() == "q"
+
+
+def _is_readable(client_socket: socket.socket) -> bool:
+    return bool(select.select([client_socket], [], [], 0)[0])
 
 
 def _unread_bytes(client_socket: socket.socket) -> int:
@@ -551,9 +467,9 @@ def _unread_bytes(client_socket: socket.socket) -> int:
         return 0
     try:
         answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
-        return int.from_bytes(answer, sys.byteorder)
     except OSError:
         return 0
+    return int.from_bytes(answer, sys.byteorder)
 
 
 def _shut_down(client_socket: socket.socket, how: int) -> None:
@@ -563,36 +479,7 @@ def _shut_down(client_socket: socket.socket, how: int) -> None:
         pass  # the server was quicker
 
 
-# --- keyboard and screen -------------------------------------------------------------
-
-Fact = Callable[[], bool]
-
-
-def _never() -> bool:
-    return False
-
-
-class Draft(NamedTuple):
-    """A line that is half typed, and the cursor's place in it, counted from the end."""
-
-    text: str = ""
-    behind: int = 0
-
-
-_EMPTY = Draft()
-
-
-class Woken(Exception):
-    """The main thread is wanted elsewhere, so that a prompt got no answer."""
-
-    def __init__(self, draft: Draft | None = None) -> None:
-        super().__init__()
-        self.draft = draft  # what was half typed, unless it is to be forgotten
-
-
-class Pasted(str):
-    """A line that was pasted: it is text, whatever it says."""
-
+# --- keyboard and screen ------------------------------------------------------------
 
 # The local modes that are off while we get key by key; Ctrl-C and Ctrl-Z stay signals.
 _EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
@@ -600,15 +487,23 @@ _EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
 _LEAVES = re.compile(r"(?:^|[\r\n])(?:\x04|[ \t]*[qQ][ \t]*[\r\n])")
 
 
+def _never() -> bool:
+    return False
+
+
 class Terminal:
     """What both kinds of terminal share: waiting, signals, modes and writing.
 
     A subclass says how what is typed is cut into keys or lines (_cut), how a prompt is
-    answered (ask), and how lines are shown while one is typed (_show_text).
+    answered (_begin, _read_line, _end), and how lines are shown meanwhile (_show_text).
+
+    Threads: all but show() and nudge() is the main thread's.
     """
 
-    _kept_off = 0  # local modes, all the time
-    _idle_reads = 0  # in a row, that are empty and no end of input
+    _kept_off = 0  # the local modes that are off while the terminal is ours
+    # How many empty reads in a row are no end of input.  A read that never waits is
+    # empty as well when Ctrl-C or Ctrl-Z has emptied the system's buffer before it.
+    _idle_reads = 0
 
     def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
         """keyboard, screen: file descriptors; options: the flags of the program."""
@@ -616,17 +511,21 @@ class Terminal:
         self._times, self._bell = options.times, options.bell
         self.person = os.isatty(keyboard)
         self.leaving = False  # the person has asked to leave
+        # What is half typed at MESSAGE, and the cursor's place, while other things are
+        # asked for.  Stays empty where the system edits the line.
+        self.draft = ("", 0)
         # Guards the screen and what stands on it.  Held while writing to it.
         self._lock = threading.RLock()
         self._prompt: str | None = None  # of the line being typed, if one is
+        self._until: Fact = _never
         self._mention = re.compile("(?!)")  # our own name, once it is known
         self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
         self._input_ended, self._empty_reads = False, 0
-        self._reading = False
         # For whoever wants the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
-        self._ending = self._told = 0  # the signal that ends the program
+        self._signals: deque[int] = deque()  # that have come
+        self._ending = False  # one of them ends the program
         found = termios.tcgetattr(keyboard) if termios and self.person else None
         self._modes: list[Any] | None = found
 
@@ -647,26 +546,54 @@ class Terminal:
         self._waker.close()
         self._wake_receiver.close()
 
-    def ask(
-        self,
-        prompt: str,
-        until: Fact = _never,
-        *,
-        hidden: bool = False,
-        draft: Draft = _EMPTY,
-    ) -> str | None:
-        """Return the line that is typed; None at the end of input.
-
-        until: raises Woken once this is so; it is looked at after every nudge.
-        hidden: what is typed is not shown, and remembered nowhere.
-        draft: what stands there already, where a line can be edited.
-        """
-        raise NotImplementedError
-
     def know_name(self, name: str) -> None:
         """Note the person's own name, which stands out in what others say."""
         pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
         self._mention = re.compile(pattern, re.IGNORECASE)
+
+    # --- asking ---------------------------------------------------------------------
+
+    def ask(self, prompt: str, until: Fact = _never) -> str | None:
+        """Return the line that is typed; None if the person leaves.
+
+        until: "" is the answer as soon as this is so; looked at after every nudge.
+        """
+        with self._lock:
+            self._prompt, self._until = prompt, until
+            self._begin()
+        try:
+            line = self._read_line()
+        finally:
+            with self._lock:
+                self._end()
+                self._prompt, self._until = None, _never
+        return None if line is None or _is_quit(line) else line
+
+    def _begin(self) -> None:
+        """Show the prompt.  Caller holds _lock."""
+        raise NotImplementedError
+
+    def _read_line(self) -> str | None:
+        """Return the line that is typed; None at the end of input, "" if woken."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """See to it that what is shown next begins a row.  Caller holds _lock."""
+        raise NotImplementedError
+
+    def _next(self) -> str | None:
+        """Return the next key or line; None at the end of input, "" if woken."""
+        while not self._ahead:
+            if self._until():  # what was typed before has been used by now
+                return ""
+            if self._input_ended:
+                return None
+            if os.name == "nt":  # select() takes sockets only there
+                self._read_keyboard()
+                self._heed_signals()
+            else:
+                self._watch()
+        return self._ahead.popleft()
 
     # --- waiting --------------------------------------------------------------------
 
@@ -690,10 +617,12 @@ class Terminal:
         return True
 
     def _wants_to_leave(self) -> bool:
+        """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
         if self.leaving or self._input_ended and not self._ahead:
             return True
         # What is in a pipe is delivered, however long that takes.
-        return self.person and _LEAVES.search("".join(self._ahead)) is not None
+        typed = [key for key in self._ahead if not key.startswith(_PASTED)]
+        return self.person and _LEAVES.search("".join(typed)) is not None
 
     def nudge(self) -> None:
         """Let the main thread look at what it waits for.  For any thread."""
@@ -710,28 +639,24 @@ class Terminal:
         Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
         """
         inputs: list[Any] = [self._wake_receiver]
-        if os.name != "nt" and not self._input_ended:  # there it takes sockets only
+        if os.name != "nt" and not self._input_ended:
             inputs += [self._keyboard] if len(self._ahead) < MAX_TYPED_AHEAD else []
         outputs = [writable] if writable else []
         timeout = None if seconds == math.inf else seconds
         readable, ready, _ = select.select(inputs, outputs, [], timeout)
         if self._wake_receiver in readable:
             self._wake_receiver.recv(READ_BYTES)
+        # Before reading: Ctrl-C empties the system's buffer, and a read might wait.
         self._heed_signals()
         if self._keyboard in readable:
             self._read_keyboard()
         return bool(ready)
 
     def _read_keyboard(self) -> None:
-        # select() may have promised too much: Ctrl-C empties the system's buffer.
-        self._reading = True
         try:
-            self._heed_signals()
             chunk = os.read(self._keyboard, READ_BYTES)
         except OSError:
             chunk = b""  # the terminal has been closed
-        finally:
-            self._reading = False
         self._empty_reads = 0 if chunk else self._empty_reads + 1
         self._input_ended = self._empty_reads > self._idle_reads
         self._ahead += self._cut(chunk)
@@ -750,16 +675,17 @@ class Terminal:
         if self._ending:
             self._restore()
             os._exit(128 + number)
-        self._ending = number
-        if self._reading:  # and might be stuck with that
-            self._heed_signals()
+        self._ending = True
+        self._signals.append(number)
 
     def _heed_signals(self) -> None:
-        if self._ending != self._told:
-            self._told = self._ending
-            if self._ending == signal.SIGINT:
-                raise KeyboardInterrupt
-            sys.exit(128 + self._ending)
+        while self._signals:
+            self._heed(self._signals.popleft())
+
+    def _heed(self, number: int) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
 
     def _restore(self) -> None:
         """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
@@ -812,9 +738,8 @@ class Terminal:
 
     def show(self, *lines: ServerLine | str) -> None:
         """Show whole lines above the one being typed.  For any thread."""
-        text = "".join([self._paint(line) + "\n" for line in lines])
-        if text:
-            with self._lock:
+        with self._lock:
+            if text := "".join([self._paint(line) + "\n" for line in lines]):
                 self._show_text(text)
 
     def _show_text(self, text: str) -> None:
@@ -831,6 +756,7 @@ class Terminal:
         return f"{bell}{now}{self._style(line)}"
 
     def _style(self, line: ServerLine) -> str:
+        """Return a line as it came over the wire."""
         private = " (private)" if line.private else ""
         head = f"{line.mark} " if line.mark else f"{line.name}{private}: "
         return head + line.text if line.mark or line.name else line.text
@@ -860,60 +786,36 @@ class PlainTerminal(Terminal):
         # One over the limit is as good as any more: the server refuses it.
         self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         self._last = b"\n"  # of what was read
-        self._until: Fact = _never
+        self._echoed = False  # the Enter that ended the line
 
-    def ask(
-        self,
-        prompt: str,
-        until: Fact = _never,
-        *,
-        hidden: bool = False,
-        draft: Draft = _EMPTY,
-    ) -> str | None:
-        if hidden and os.name == "nt":
-            return getpass.getpass(prompt)
-        line = ""
-        try:
-            self._begin(prompt, until, hidden)
-            line = self._next_line(until)
-        finally:
-            self._finish(echoed=line.endswith("\n") and not hidden)
-        text = line.removesuffix("\n")
-        if line and not self.person:
-            self.show(prompt if hidden else prompt + text)
-        return text if line else None
-
-    def _begin(self, prompt: str, until: Fact, hidden: bool) -> None:
-        with self._lock:
-            self._prompt, self._until = prompt, until
-            if self.person:
-                self._write(prompt)
-        if hidden:
+    def _begin(self) -> None:
+        self._echoed = False
+        if self.person:
+            self._write(f"{self._prompt}")
+        if self._prompt == PASSWORD:
             # What is half typed in the system's buffer is no part of the secret.
-            self._set_modes(termios.ECHO, flush=True)
+            self._set_modes(termios.ECHO if termios else 0, flush=True)
 
-    def _finish(self, *, echoed: bool) -> None:
-        with self._lock:
-            self._prompt, self._until = None, _never
-            if self.person and not echoed:
-                self._write("\n")
+    def _read_line(self) -> str | None:
+        if os.name == "nt" and self._prompt == PASSWORD:
+            return getpass.getpass("")
+        line = self._next()
+        if not line:
+            return line
+        text, shown = line.removesuffix("\n"), self._prompt != PASSWORD
+        self._echoed = shown and line != text
+        if not self.person:
+            self.show(f"{self._prompt}{text if shown else ''}")
+        return text
+
+    def _end(self) -> None:
+        if self.person and not self._echoed:
+            self._write("\n")
         self._set_modes()
 
-    def _next_line(self, until: Fact) -> str:
-        """Return the next line with its newline; "" at the end of input."""
-        while not self._ahead:
-            if until():
-                raise Woken
-            if self._input_ended:
-                return ""
-            if os.name == "nt":
-                self._read_keyboard()
-            else:
-                self._watch()
-        return self._ahead.popleft()
-
     def _cut(self, chunk: bytes) -> list[str]:
-        chunk = chunk or b"\n".removeprefix(self._last)  # a last line counts
+        # At the end of input the newline of the last line is made up: it counts.
+        chunk = chunk or b"\n".removeprefix(self._last)
         self._last = chunk[-1:]
         lines = self._splitter.feed(chunk)
         return [
@@ -1020,39 +922,38 @@ _KEY = re.compile(
     re.DOTALL,
 )
 _LONGEST_KEY = 64
-# Around what is pasted; a person may have pressed Escape before.
-_PASTE, _PASTE_END = re.compile(r"\x1b+\[200~"), "\x1b[201~"
-_PASTED = "\x1b[200~"  # begins the key that stands for a paste
+# Around what is pasted.  A key that begins so stands for a whole paste.
+_PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
 _BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 
 class KeyReader:
-    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key."""
+    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key.
+
+    Both may be cut anywhere between two reads, also inside a bracket or a character.
+    """
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
         self._rest = ""  # the beginning of a key
-
-    @property
-    def pasting(self) -> bool:
-        """Whether the end of a paste is still to come."""
-        return _PASTE.match(self._rest) is not None
+        self.pasting = False  # the end of a paste is still to come
 
     def feed(self, chunk: bytes) -> list[str]:
         """Add what was read and return the keys that it completes."""
         self._rest += self._decoder.decode(chunk)
         keys, place = [], 0
-        while start := _PASTE.match(self._rest, place) or _KEY.match(self._rest, place):
-            if start.re is _PASTE:
-                end = self._rest.find(_PASTE_END, start.end())
-                if end < 0:
+        self.pasting = False
+        while match := _KEY.match(self._rest, place):
+            key, end = match[0], match.end()
+            if key.endswith(_PASTED):  # a person may have pressed Escape before
+                close = self._rest.find(_PASTE_END, end)
+                self.pasting = close < 0
+                if self.pasting:
                     break
-                text = self._rest[start.end() : end]
-                keys.append(_PASTED + text[:MAX_TYPED_CHARS])
-                place = end + len(_PASTE_END)
-            else:
-                keys.append(start[0])
-                place = start.end()
+                key = _PASTED + self._rest[end:close][:MAX_TYPED_CHARS]
+                end = close + len(_PASTE_END)
+            keys.append(key)
+            place = end
         self._rest = self._rest[place:]
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
         most = MAX_TYPED_CHARS if self.pasting else _LONGEST_KEY
@@ -1066,17 +967,16 @@ class History:
 
     def __init__(self) -> None:
         self._sent: deque[str] = deque(maxlen=HISTORY_LINES)
-        self.start()
 
     def add(self, text: str) -> None:
         """Note a message."""
-        if text.strip() and (not self._sent or self._sent[-1] != text):
+        if text.strip() and text not in [*self._sent][-1:]:
             self._sent.append(text)
 
     def start(self) -> None:
         """Begin a new message; what was changed in the old ones is as it was sent."""
         self._drafts = [*self._sent, ""]
-        self._place = len(self._drafts) - 1
+        self._place = len(self._sent)
 
     def move(self, steps: int, text: str) -> str:
         """Return the message so many steps newer; text: the one left, as it is now."""
@@ -1085,41 +985,18 @@ class History:
         return self._drafts[self._place]
 
 
-class Names:
-    """The names that lines from the server have shown."""
-
-    # In a notice: "NAME has joined …", "… online: NAME, NAME and 3 more.", "… NAME, NAME"
-    _NOTICE = re.compile(
-        r"(?:^(?=\S+ has (?:joined|left) )|online: |^… |, |^\[.*?\] )"
-        r"([^\s,]+?)(?=,|: |\.?$| has | and \d)"
-    )
-
-    def __init__(self) -> None:
-        self._seen: dict[str, str] = {}  # key → name, the last one seen last
-
-    def see(self, line: ServerLine) -> None:
-        """Note the names in a line."""
-        found = self._NOTICE.findall(line.text) if line.mark == "*" else []
-        for name in [line.name, *found]:
-            if 0 < len(name) <= protocol.MAX_NAME_CHARS:
-                key = protocol.name_key(name)
-                self._seen.pop(key, None)
-                self._seen[key] = name
-        while len(self._seen) > NAMES_SEEN:
-            del self._seen[next(iter(self._seen))]
-
-    def beginning_with(self, start: str) -> list[str]:
-        """Return the names that begin so in any case, the one seen last first."""
-        key = protocol.name_key(start)
-        return [n for k, n in reversed(self._seen.items()) if k.startswith(key)]
-
-
 # --- the line editor ----------------------------------------------------------------
 
 # Red is for refusals, magenta for private messages.
 _NAME_COLOURS = (32, 33, 34, 36, 92, 93, 94, 96)
 _MARK_STYLES = {"*": 2, "!": 31, "?": 1}
 _PRIVATE_COLOUR = 35
+# The names in a notice: "NAME has joined …", "… online: NAME, NAME and 3 more.",
+# "… NAME, NAME", "[…] NAME: …"
+_NAMES = re.compile(
+    r"(?:^(?=\S+ has (?:joined|left) )|online: |^… |, |^\[.*?\] )"
+    r"([^\s,]+?)(?=,|: |\.?$| has | and \d)"
+)
 
 
 class LineEditor(Terminal):
@@ -1127,7 +1004,8 @@ class LineEditor(Terminal):
 
     The screen is changed in one write at a time: from the first row of the line down
     everything is cleared, what others wrote comes there, and prompt and line again
-    below it.
+    below it.  So it is right after each write, whoever's turn it is, and a change of
+    the window's size is one more reason to draw, and no case of its own.
     """
 
     _kept_off = _EDITED
@@ -1138,52 +1016,36 @@ class LineEditor(Terminal):
         self._colours = not os.environ.get("NO_COLOR")
         self._keys = KeyReader()
         self._last_key_at = 0.0
-        self._history, self._names = History(), Names()
-        self._text, self._place = "", 0  # the line being typed, and its cursor
-        self._hidden = False  # it is not shown, and remembered nowhere
-        self._single = False  # of what is pasted only the first line is of use
-        self._block: list[str] = []  # lines that were pasted just now
-        self._pasted: deque[str] = deque()  # and those that are to be sent
-        self._fitting: Iterator[str] | None = None  # names, for Tab once more
+        self._history = History()
+        self._names: dict[str, str] = {}  # that were seen, by their keys; the last last
+        self._fitting: Iterator[str] | None = None  # of them, for Tab once more
+        self._text, self._place = self.draft  # the line being typed, and its cursor
+        self._pasted: deque[str] = deque()  # lines that are to be sent
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
-        self._stop_asked = self._continued = False
 
     def __enter__(self) -> Self:
         super().__enter__()
-        signal.signal(signal.SIGWINCH, lambda *_: None)  # to wake is enough
-        signal.signal(signal.SIGTSTP, self._on_stop)
-        signal.signal(signal.SIGCONT, self._on_continue)
+        for number in signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT:
+            signal.signal(number, lambda number, _: self._signals.append(number))
         self._write(_BRACKETS_ON)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        for number in signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT:
-            signal.signal(number, signal.SIG_DFL)
-
     def _restore(self) -> None:
         super()._restore()
+        # A signal handler may be here because the screen takes nothing any more.
         if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
             self._write(_BRACKETS_OFF)
 
-    # --- Ctrl-Z and fg --------------------------------------------------------------
-
-    def _on_stop(self, *_: object) -> None:
-        self._stop_asked = True
-
-    def _on_continue(self, *_: object) -> None:
-        self._continued = True
-
-    def _heed_signals(self) -> None:
-        super()._heed_signals()
-        if self._stop_asked:
+    def _heed(self, number: int) -> None:
+        if number == signal.SIGTSTP:
             self._stop()
-        if self._continued:
-            self._continued = False
-            self._set_modes(_EDITED)
+        elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
+            self._set_modes(self._kept_off)
             with self._lock:
                 self._write(_BRACKETS_ON)
                 self._shown = ("", "")  # the shell has written since
+        elif number != signal.SIGWINCH:  # for which it is enough to wake
+            super()._heed(number)
 
     def _stop(self) -> None:
         """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
@@ -1192,97 +1054,68 @@ class LineEditor(Terminal):
                 self._finish_line()
             self._write(_BRACKETS_OFF)
             self._set_modes()
-            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTSTP)
-            signal.signal(signal.SIGTSTP, self._on_stop)
-            self._stop_asked, self._continued = False, True
+            signal.signal(signal.SIGTSTP, handler)
 
-    # --- lines ----------------------------------------------------------------------
+    # --- asking ---------------------------------------------------------------------
 
-    def ask(
-        self,
-        prompt: str,
-        until: Fact = _never,
-        *,
-        hidden: bool = False,
-        draft: Draft = _EMPTY,
-    ) -> str | None:
-        self._hidden = hidden
-        while not self._pasted:
-            answer = self._read_line(prompt, until, draft, single=hidden)
-            if not self._block:
-                break
-            block, self._block = self._block, []
-            draft = Draft(block[0])
-            if self._may_send(block, until):
-                self._pasted.extend(block)
+    def ask(self, prompt: str, until: Fact = _never) -> str | None:
+        """Return the line that is typed, or the next one that was pasted."""
         if self._pasted:
-            answer = Pasted(self._pasted.popleft())
-            self.show(prompt + answer)
-        if answer and until is not _never and not hidden:
+            answer: str | None = self._pasted.popleft()
+            self.show(prompt if prompt == PASSWORD else f"{prompt}{answer}")
+            if answer and _is_quit(answer):
+                answer += " "  # with the blank it is a message
+        else:
+            answer = super().ask(prompt, until)
+            if len(self._pasted) > MAX_PASTED_LINES:
+                self._confirm(until)
+        if answer and prompt == MESSAGE:
             self._history.add(answer)
         return answer
 
-    def _may_send(self, lines: list[str], until: Fact) -> bool:
+    def _confirm(self, until: Fact) -> None:
         """Ask before many lines are sent; Enter alone means No."""
-        if len(lines) <= MAX_PASTED_LINES:
-            return True
-        try:
-            question = f"Send {len(lines)} lines? [y/N] "
-            answer = self._read_line(question, until, single=True)
-        except Woken:
-            raise Woken(Draft(lines[0])) from None
-        return (answer or "").strip().lower() in ("y", "yes")
+        lines, self._pasted = self._pasted, deque()
+        answer = super().ask(f"Send {len(lines)} lines? [y/N] ", until)
+        if (answer or "").strip().lower() in ("y", "yes"):
+            self._pasted = lines
+        else:
+            self.draft = (lines[0], len(lines[0]))
 
-    def _read_line(
-        self, prompt: str, until: Fact, draft: Draft = _EMPTY, *, single: bool
-    ) -> str | None:
-        """Return the line that is typed; None for Ctrl-D, or if lines were pasted."""
-        with self._lock:
-            self._prompt, self._single = prompt, single
-            self._text, self._place = draft.text, len(draft.text) - draft.behind
-            self._history.start()
-            self._draw()
-        stays = True
-        try:
-            return self._edit_line(until)
-        except Woken:
-            stays = False
-            raise
-        finally:
-            with self._lock:
-                if stays and not self._block:
-                    self._finish_line()
-                else:
-                    self._write(self._erase())
-                self._prompt = None
+    def _begin(self) -> None:
+        self._text, self._place = "", 0
+        if self._prompt == MESSAGE:
+            (self._text, self._place), self.draft = self.draft, ("", 0)
+        self._history.start()
+        self._draw()
 
-    def _edit_line(self, until: Fact) -> str | None:
+    def _read_line(self) -> str | None:
         """Let keys change the line until one of them ends it."""
-        while not self._block and (key := self._next_key(until)):
+        while key := self._next():
             if key in "\r\n":
                 return self._text
             if key == "\x04" and not self._text:
-                break
+                return None
             with self._lock:
                 self._edit(key)
-                if not self._ahead:
+                if self._pasted:
+                    break
+                if not self._ahead:  # of many keys at once only the last one is drawn
                     self._draw()
-        return None
+        if key is None:
+            return None
+        with self._lock:  # the line goes: something else comes here before it is sent
+            if self._prompt == MESSAGE:
+                self.draft = (self._text, self._place)
+            self._write(self._erase())
+            self._prompt = None
+        return ""
 
-    def _next_key(self, until: Fact) -> str:
-        """Return the next key; "" at the end of input.  Raises Woken."""
-        while not self._ahead:
-            if until():
-                behind = len(self._text) - self._place
-                raise Woken(None if self._hidden else Draft(self._text, behind))
-            if self._input_ended:
-                return ""
-            self._watch()
-            if not self._ahead:
-                with self._lock:
-                    self._draw()  # the window's size has changed, or all is forgotten
-        return self._ahead.popleft()
+    def _end(self) -> None:
+        if self._prompt is not None:
+            self._finish_line()
 
     def _edit(self, key: str) -> None:
         """Change the line as a key asks for.  Caller holds _lock."""
@@ -1297,7 +1130,7 @@ class LineEditor(Terminal):
                 self._text, self._place = self._text[:start] + self._text[end:], start
             else:
                 self._place = start + end - self._place
-        elif key in _RECALLS and not self._hidden:
+        elif key in _RECALLS and self._prompt != PASSWORD:
             self._text = self._history.move(_RECALLS[key], self._text)
             self._place = len(self._text)
         elif key == "\x0c":
@@ -1316,35 +1149,53 @@ class LineEditor(Terminal):
         self._text, self._place = before + text + after, len(before + text)
 
     def _paste(self, text: str) -> None:
-        """Insert a line; of a longer text put the lines into _block.
+        """Insert a line; of a longer text put the lines into _pasted.
 
         The last one stays here if it has no end, unless there is to be a question.
+        Where no message is typed, only the first line is of use.
         """
         first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
-        if self._single or not more:
-            self._insert(first)
+        after = self._text[self._place :]
+        if more and self._prompt == MESSAGE:
+            self._text = self._text[: self._place]
+        self._insert(first)
+        if not more or self._prompt != MESSAGE:
             return
-        *lines, rest = self._text[: self._place] + first, *more
-        rest += self._text[self._place :]
+        *lines, last = self._text, *more
+        rest = last + after
         lines = [line for line in lines if line.strip()]
-        if len(lines) + bool(rest.strip()) > MAX_PASTED_LINES:
-            lines += [rest] if rest.strip() else []
-        else:
-            self._ahead.appendleft(_PASTED + rest)
-        self._text, self._place, self._block = "", 0, lines
+        if rest.strip() and len(lines) >= MAX_PASTED_LINES:
+            lines, rest, last = [*lines, rest], "", ""
+        self._pasted.extend(lines)
+        self._text, self._place = rest, len(last)
 
     def _complete(self) -> None:
         """Complete a name that was seen; once more: the next one that fits."""
+        # Once more, the name that was put in is the stem, and is replaced.
         stem = self._text[: self._place].rpartition(" ")[2]
         if self._fitting is None:
-            names = self._names.beginning_with(stem)
-            names = [name for name in names if not self._mention.fullmatch(name)]
+            names = self._names_with(stem)
             after_msg = self._text[: self._place].lower() == "/msg "
-            if self._hidden or not names or not (stem or after_msg):
+            if self._prompt == PASSWORD or not names or not (stem or after_msg):
                 self._insert(protocol.clean("\t"))
                 return
             self._fitting = cycle(names)
         self._insert(next(self._fitting), instead_of=len(stem))
+
+    def _names_with(self, stem: str) -> list[str]:
+        """Return the names of others that begin so, the one seen last first."""
+        start = protocol.name_key(stem)
+        seen = [name for key, name in self._names.items() if key.startswith(start)]
+        return [name for name in reversed(seen) if not self._mention.fullmatch(name)]
+
+    def _note_names(self, line: ServerLine) -> None:
+        found = _NAMES.findall(line.text) if line.mark == "*" else []
+        for name in [line.name, *found]:
+            if 0 < len(name) <= protocol.MAX_NAME_CHARS:
+                self._names.pop(protocol.name_key(name), None)
+                self._names[protocol.name_key(name)] = name
+        while len(self._names) > NAMES_SEEN:
+            del self._names[next(iter(self._names))]
 
     # --- the keyboard ---------------------------------------------------------------
 
@@ -1355,11 +1206,15 @@ class LineEditor(Terminal):
     def _watch(
         self, seconds: float = math.inf, writable: socket.socket | None = None
     ) -> bool:
-        if not self._keys.pasting:
-            return super()._watch(seconds, writable)
-        goes_on = super()._watch(min(seconds, PASTE_SECONDS), writable)
-        if time.monotonic() - self._last_key_at >= PASTE_SECONDS:
-            self._ahead += self._cut(_PASTE_END.encode())  # it will not come any more
+        if self._keys.pasting:
+            seconds = min(seconds, PASTE_SECONDS)
+        goes_on = super()._watch(seconds, writable)
+        silent = time.monotonic() - self._last_key_at >= PASTE_SECONDS
+        if self._keys.pasting and silent:  # its end got lost
+            self._ahead += self._cut(_PASTE_END.encode())
+        if self._prompt is not None and not self._ahead:
+            with self._lock:
+                self._draw()  # the window's size has changed, or all is forgotten
         return goes_on
 
     def forget_typed(self) -> None:
@@ -1372,6 +1227,8 @@ class LineEditor(Terminal):
     # --- the screen -----------------------------------------------------------------
 
     def _style(self, line: ServerLine) -> str:
+        """Return a line in its colours; the person's own name is bold in it."""
+        self._note_names(line)
         text = super()._style(line)
         if not self._colours or not (line.mark or line.name):
             return text
@@ -1384,11 +1241,6 @@ class LineEditor(Terminal):
         colour = _NAME_COLOURS[zlib.crc32(line.name.encode()) % len(_NAME_COLOURS)]
         return f"\x1b[{colour}m{line.name}\x1b[m: {said}"
 
-    def _paint(self, line: ServerLine | str) -> str:
-        if isinstance(line, ServerLine):
-            self._names.see(line)
-        return super()._paint(line)
-
     def _show_text(self, text: str) -> None:
         if self._prompt is None:
             self._write(text)
@@ -1397,7 +1249,7 @@ class LineEditor(Terminal):
 
     def _finish_line(self) -> None:
         """Leave the line on the screen, whole; go on below it.  Caller holds _lock."""
-        text = "" if self._hidden else self._text
+        text = "" if self._prompt == PASSWORD else self._text
         self._write(f"{self._erase()}{self._prompt}{text}\n")
 
     def _erase(self) -> str:
@@ -1415,7 +1267,9 @@ class LineEditor(Terminal):
         Caller holds _lock.
         """
         columns, rows = self._size()
-        text, place = ("", 0) if self._hidden else (self._text, self._place)
+        text, place = self._text, self._place
+        if self._prompt == PASSWORD:
+            text, place = "", 0
         before, after = _window(
             f"{self._prompt}{text[:place]}", text[place:], columns, rows - 1
         )
