@@ -219,7 +219,7 @@ def test_piped_session_reads_like_one_at_a_terminal(room: Room) -> None:
         "Enter your choice: 1",
         "Enter your username: Alex",
         "Joining the chat as Alex...",
-        "* Welcome, Alex! Also online: Bob.",
+        "* Welcome, Alex! /help lists the commands. Also online: Bob.",
         "You: Hello everyone!",
         "You: q",
         "Leaving the chat...",
@@ -480,7 +480,7 @@ def test_refused_name_gets_the_reason_and_is_asked_for_again(room: Room) -> None
         "Enter your username: ",
         "Enter your username:     Alex ",
         "Joining the chat as Alex...",
-        "* Welcome, Alex! Also online: Bob.",
+        "* Welcome, Alex! /help lists the commands. Also online: Bob.",
         "You: q",
         *LEFT,
     ]
@@ -492,7 +492,7 @@ def test_client_connects_again_after_the_last_refused_name(room: Room) -> None:
 
     assert status == 0
     assert sum(line.startswith("! ") for line in output) == 5
-    assert output[-4:] == ["* Welcome, Alex! Also online: nobody yet.", "You: q", *LEFT]
+    assert output[-4:] == ["* Welcome, Alex! /help lists the commands. Also online: nobody yet.", "You: q", *LEFT]
 
 
 def end_quietly(caller: Caller) -> None:
@@ -800,7 +800,7 @@ def test_client_reaches_an_ipv6_address(start_room: Callable[..., Room]) -> None
     status, output = run_client(room.address, "1\nAlex\nq\n")
 
     assert status == 0
-    assert "* Welcome, Alex! Also online: nobody yet." in output
+    assert "* Welcome, Alex! /help lists the commands. Also online: nobody yet." in output
 
 
 # --- the client on a terminal -------------------------------------------------------
@@ -903,7 +903,7 @@ def test_session_at_a_terminal(room: Room, start_terminal: StartTerminal) -> Non
         "Enter your choice: 1",
         "Enter your username: Alex",
         "Joining the chat as Alex...",
-        "* Welcome, Alex! Also online: Bob.",
+        "* Welcome, Alex! /help lists the commands. Also online: Bob.",
         "You: Hello everyone!",
         "Bob: Hi Alex!",
         "You: q",
@@ -1364,7 +1364,7 @@ def test_dumb_terminal_gets_plain_lines(
     assert ESCAPE not in alex.output
     assert alex.screen.rows == [
         *JOINING,
-        "* Welcome, Alex! Also online: Bob.",
+        "* Welcome, Alex! /help lists the commands. Also online: Bob.",
         "You:",
         "Bob: Hi Alex!",
         "You: Hello!",
@@ -1383,7 +1383,7 @@ def test_no_escape_sequence_if_only_stdout_is_a_terminal(
 
     assert alex.end() == 0
     assert ESCAPE not in alex.output
-    welcome = "* Welcome, Alex! Also online: nobody yet."
+    welcome = "* Welcome, Alex! /help lists the commands. Also online: nobody yet."
     assert alex.screen.rows == [*JOINING, welcome, "You: Hello", "You: q", *LEFT, ""]
 
 
@@ -2267,7 +2267,7 @@ def test_tab_completes_the_names_that_were_seen(
     alex.type(f"Alex{ENTER}")
     caller = puppet.accept()
     assert caller.line() == "Alex"
-    caller.say("* Welcome, Alex! Also online: Bob, Eve.")
+    caller.say("* Welcome, Alex! /help lists the commands. Also online: Bob, Eve.")
     caller.say("* 3 online: Alex, Bob, Dan")
     caller.say("* Sam has joined the chat.")
     caller.say("Samuel: hello you, there")

@@ -505,7 +505,7 @@ def test_killed_server_leads_to_the_menu_and_back_to_the_half_typed_line(
         "Enter your choice: 1",
         "Enter your username [Alex]:",
         "Joining the chat as Alex...",
-        "* Welcome, Alex! Also online: nobody yet.",
+        "* Welcome, Alex! /help lists the commands. Also online: nobody yet.",
         "You: half a line",
     ]
     rows = [row.rstrip() for line in lines for row in folded(line, alex.columns)]
