@@ -40,6 +40,8 @@ import unicodedata
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import cycle
 from typing import Any, Self
 
@@ -80,7 +82,7 @@ Fact = Callable[[], object]  # is so if what it returns is true
 
 
 class ConnectionLost(Exception):
-    """The server is gone; str() of it is the reason."""
+    """The server is gone; str() of it is the reason.  Sending and waiting raise it."""
 
 
 # --- the program --------------------------------------------------------------------
@@ -144,7 +146,6 @@ _ADVICE: list[tuple[type[Exception], str]] = [
 
 
 def _explain(error: Exception) -> str:
-    """Return why there is no connection, and what to do about that very thing."""
     reason = "that is no host" if isinstance(error, ValueError) else _reason(error)
     advice = next(advice for kind, advice in _ADVICE if isinstance(error, kind))
     return f"{reason} ({advice})"
@@ -178,6 +179,7 @@ class ChatClient:
         # What the receiver tells the main thread, with a nudge of the terminal.  Each is
         # set in one step, so there is no lock.
         self._end = ""  # why the connection has ended
+        self._full: ServerLine | None = None  # that it has no room
         self._joined = False
         # The last line that concerns it: an answer to a name or a password, or once
         # joined a refusal or a question.  Each line that is sent begins anew.
@@ -251,7 +253,6 @@ class ChatClient:
                 self._status, self._name = 0, name
                 self._terminal.know_name(name)
                 return True
-            self._end_if_full()
         return False
 
     def _ask_name(self) -> str | None:
@@ -265,20 +266,18 @@ class ChatClient:
 
     def _send_name(self, name: str) -> ServerLine | None:
         """Return the server's answer to a name; None if the person leaves."""
-        self._check_connection()
         try:
             return self._exchange(name)
-        except ConnectionLost:  # between our look at it and now
+        except ConnectionLost:  # while the person thought about it
             self._check_connection()
             return self._exchange(name)
 
     def _check_connection(self) -> None:
-        """Connect again if the server has ended a connection that nobody used.
-
-        Ends the program if it had no room.  Raises ConnectionLost if it is gone.
-        """
+        """Connect again if the server has ended a connection that nobody used."""
         # Whatever has arrived is to be heard first.  At its end the socket stays readable.
-        self._wait(lambda: self._end or not _is_readable(self._socket))
+        self._terminal.wait(
+            lambda: self._end or not select.select([self._socket], [], [], 0)[0]
+        )
         self._end_if_full()
         if self._end:
             self._hang_up()
@@ -288,20 +287,19 @@ class ChatClient:
                 raise ConnectionLost(_reason(error)) from None
 
     def _end_if_full(self) -> None:
-        if self._answer and _says_full(self._answer):
-            self._terminal.show(self._answer)
+        if self._full:
+            self._terminal.show(self._full)
             sys.exit(1)
 
     def _exchange(self, text: str) -> ServerLine | None:
-        """Send a line and return the answer; None if the person leaves.
-
-        Raises ConnectionLost.
-        """
-        if not self._send(text) or not self._wait(lambda: self._answer or self._end):
-            return None
-        if not self._answer:
-            raise ConnectionLost(self._end)
-        return self._answer
+        """Send a line and return the answer; None if the person leaves."""
+        told: Fact = lambda: self._answer or self._full or self._end
+        if self._send(text) and self._terminal.wait(told):
+            self._end_if_full()
+            if not self._answer:
+                raise ConnectionLost(self._end)
+            return self._answer
+        return None
 
     # --- chatting -------------------------------------------------------------------
 
@@ -342,40 +340,29 @@ class ChatClient:
     # --- sending, waiting and leaving -----------------------------------------------
 
     def _send(self, text: str) -> bool:
-        """Send a line; False if the person leaves before the server has taken it.
-
-        Raises ConnectionLost.
-        """
+        """Send a line; False if the person leaves before the server has taken it."""
         unsent = memoryview(protocol.encode_line(text))
         self._answer, self._awaits_answer = None, True
 
         def is_sent() -> bool:
             nonlocal unsent
-            try:
+            with suppress(BlockingIOError):
                 unsent = unsent[self._socket.send(unsent, _DONT_WAIT) :]
-            except BlockingIOError:
-                pass
             return not unsent
 
         try:
-            patience = LEAVE_SECONDS if self._terminal.person else math.inf
-            self._hangs = not self._terminal.wait(is_sent, patience, self._socket)
+            self._hangs = not self._terminal.wait(is_sent, self._socket, patient=True)
         except OSError as error:
             # The receiver says why, once it has shown all that had arrived.
-            self._wait(lambda: self._end)
+            self._terminal.wait(lambda: self._end)
             raise ConnectionLost(self._end or _reason(error)) from None
         return not self._hangs
-
-    def _wait(self, fact: Fact) -> bool:
-        """Wait until the receiver has told something; False if the person leaves."""
-        return self._terminal.wait(fact, LEAVE_SECONDS)
 
     def _leave(self, leaving: str) -> None:
         """Say goodbye, and see to it that what was sent arrives."""
         self._terminal.leaving = True
         self._terminal.show(leaving)
         if self._joined:
-            _shut_down(self._socket, socket.SHUT_WR)
             try:
                 self._wait_for_end()
             except KeyboardInterrupt:
@@ -386,22 +373,21 @@ class ChatClient:
     def _wait_for_end(self) -> None:
         """Wait until the server has read everything and closed its side.
 
-        In a pipe however long that takes.  A person at a terminal waits while it goes
-        on, and after Ctrl-C for LEAVE_SECONDS only.
+        In a pipe however long that takes; a person waits while the server goes on.
         """
-        interrupted = self._status == INTERRUPTED
-        patient = not (self._terminal.person or interrupted)
-        patience = math.inf if patient else LEAVE_SECONDS
+        with suppress(OSError):  # the server was quicker
+            self._socket.shutdown(socket.SHUT_WR)
         unread = _unread_bytes(self._socket)
-        while not self._hangs and not self._terminal.wait(lambda: self._end, patience):
+        while not (self._hangs or self._terminal.wait(lambda: self._end, patient=True)):
             before, unread = unread, _unread_bytes(self._socket)
-            self._hangs = interrupted or not 0 < unread < before
-        if unread and self._hangs and not interrupted:
+            self._hangs = not 0 < unread < before
+        if self._hangs and unread:
             self._terminal.show(f"The server has not taken the last {unread} bytes.")
 
     def _hang_up(self) -> None:
         """Close the connection and end the receiver; again does nothing."""
-        _shut_down(self._socket, socket.SHUT_RDWR)  # wakes the receiver
+        with suppress(OSError):  # the server was quicker
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the receiver
         if self._receiver.is_alive():
             self._receiver.join()
         self._socket.close()
@@ -430,8 +416,8 @@ class ChatClient:
         for line in lines:
             if self._joined:
                 answer = line if line.mark in ("!", "?") else answer
-            elif _says_full(line):
-                answer = line  # which is not shown before 1 is chosen
+            elif line.mark == "!" and line.text.startswith(protocol.FULL):
+                self._full = line  # which is not shown before 1 is chosen
                 continue
             elif line.mark and not self._awaits_answer:
                 continue  # nobody has asked for anything yet
@@ -441,42 +427,23 @@ class ChatClient:
             shown.append(line)
         # First, so that the next prompt comes below.
         self._terminal.show(*shown)
-        self._answer = answer or self._answer
+        if answer:
+            self._answer = answer
         if answer or not self._joined:
             self._terminal.nudge()
-
-
-def _says_full(line: ServerLine) -> bool:
-    return line.mark == "!" and line.text.startswith(protocol.FULL)
 
 
 def _is_quit(text: str) -> bool:
     return text.strip().lower() == "q"
 
 
-def _is_readable(client_socket: socket.socket) -> bool:
-    return bool(select.select([client_socket], [], [], 0)[0])
-
-
 def _unread_bytes(client_socket: socket.socket) -> int:
-    """Return how much of what was sent the server's side has not taken yet.
-
-    0 where the system does not tell, or if the connection has ended.
-    """
-    if termios is None:
-        return 0
-    try:
-        answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
-    except OSError:
-        return 0
-    return int.from_bytes(answer, sys.byteorder)
-
-
-def _shut_down(client_socket: socket.socket, how: int) -> None:
-    try:
-        client_socket.shutdown(how)
-    except OSError:
-        pass  # the server was quicker
+    """Return how much the server's side has not taken yet, as far as the system tells."""
+    if termios:
+        with suppress(OSError):  # the connection has ended
+            answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
+            return int.from_bytes(answer, sys.byteorder)
+    return 0
 
 
 # --- keyboard and screen ------------------------------------------------------------
@@ -506,9 +473,8 @@ class Terminal:
     _idle_reads = 0
 
     def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
-        """keyboard, screen: file descriptors; options: the flags of the program."""
         self._keyboard, self._screen = keyboard, screen
-        self._times, self._bell = options.times, options.bell
+        self._options = options
         self.person = os.isatty(keyboard)
         self.leaving = False  # the person has asked to leave
         # What is half typed at MESSAGE, and the cursor's place, while other things are
@@ -516,11 +482,12 @@ class Terminal:
         self.draft = ("", 0)
         # Guards the screen and what stands on it.  Held while writing to it.
         self._lock = threading.RLock()
-        self._prompt: str | None = None  # of the line being typed, if one is
+        self._prompt = ""  # of the line being typed, if one is
         self._until: Fact = _never
         self._mention = re.compile("(?!)")  # our own name, once it is known
         self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
         self._input_ended, self._empty_reads = False, 0
+        self._pause = QUIET_SECONDS  # without a key after which no more will come
         # For whoever wants the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
@@ -566,7 +533,7 @@ class Terminal:
         finally:
             with self._lock:
                 self._end()
-                self._prompt, self._until = None, _never
+                self._prompt, self._until = "", _never
         return None if line is None or _is_quit(line) else line
 
     def _begin(self) -> None:
@@ -588,23 +555,29 @@ class Terminal:
                 return ""
             if self._input_ended:
                 return None
-            if os.name == "nt":  # select() takes sockets only there
-                self._read_keyboard()
-                self._heed_signals()
-            else:
-                self._watch()
+            self._await_typing()
         return self._ahead.popleft()
+
+    def _await_typing(self) -> None:
+        self._watch()
 
     # --- waiting --------------------------------------------------------------------
 
     def wait(
-        self, fact: Fact, patience: float, writable: socket.socket | None = None
+        self,
+        fact: Fact,
+        writable: socket.socket | None = None,
+        *,
+        patient: bool = False,
     ) -> bool:
         """Wait until this is so, with the keyboard watched; False if the person leaves.
 
-        They then wait so many seconds more, and as long as the socket goes on taking
-        what is sent.  The fact is looked at after every nudge, and if it is writable.
+        They then wait LEAVE_SECONDS more, and as long as the socket goes on taking what
+        is sent.  The fact is looked at after every nudge, and if it is writable.
+        patient: what came from a pipe is to be delivered, however long that takes.
         """
+        for_ever = patient and not (self.person or self._ending)
+        patience = math.inf if for_ever else LEAVE_SECONDS
         deadline = math.inf
         while not fact():
             if deadline == math.inf and self._wants_to_leave():
@@ -626,10 +599,8 @@ class Terminal:
 
     def nudge(self) -> None:
         """Let the main thread look at what it waits for.  For any thread."""
-        try:
+        with suppress(OSError):  # full of nudges, or nobody waits any more
             self._waker.send(b"\0")
-        except OSError:
-            pass  # full of nudges, or nobody waits any more
 
     def _watch(
         self, seconds: float = math.inf, writable: socket.socket | None = None
@@ -702,21 +673,15 @@ class Terminal:
             return
         deadline = time.monotonic() + FORGET_SECONDS
         self._set_modes(_EDITED)
-        try:
+        with suppress(OSError):  # the terminal has been closed
             while time.monotonic() < deadline:
-                if not select.select([self._keyboard], [], [], self._pause())[0]:
+                if not select.select([self._keyboard], [], [], self._pause)[0]:
                     break
                 if not (chunk := os.read(self._keyboard, READ_BYTES)):
                     break
                 self._cut(chunk)
-        except OSError:
-            pass  # the terminal has been closed
         self._ahead.clear()
         self._set_modes(self._kept_off, flush=True)
-
-    def _pause(self) -> float:
-        """Return after how many seconds without a key no more will come."""
-        return QUIET_SECONDS
 
     def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
         """Set the modes that were found, but for some local ones that are off."""
@@ -726,13 +691,11 @@ class Terminal:
         modes[3] &= ~off
         if off & termios.ICANON:
             modes[6][termios.VMIN] = modes[6][termios.VTIME] = 0  # never wait
-        try:
+        with suppress(termios.error):  # the terminal has been closed
             if flush:
                 termios.tcflush(self._keyboard, termios.TCIFLUSH)
             # At once: output that is paused must not hold this up.
             termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
-        except termios.error:
-            pass  # the terminal has been closed
 
     # --- the screen -----------------------------------------------------------------
 
@@ -751,8 +714,8 @@ class Terminal:
         if isinstance(line, str):
             return protocol.clean(line)
         rings = line.private or line.name and self._mention.search(line.text)
-        bell = "\a" if rings and self._bell and self.person else ""
-        now = time.strftime("%H:%M ") if self._times else ""
+        bell = "\a" if rings and self._options.bell and self.person else ""
+        now = time.strftime("%H:%M ") if self._options.times else ""
         return f"{bell}{now}{self._style(line)}"
 
     def _style(self, line: ServerLine) -> str:
@@ -764,14 +727,12 @@ class Terminal:
     def _write(self, text: str) -> None:
         # Past sys.stdout, whose flush at exit would wait for a pipe that is full.
         data = memoryview(text.encode(sys.stdout.encoding, "replace"))
-        try:
+        with suppress(OSError):  # nobody reads any more; what is typed still counts
             while data:
                 try:
                     data = data[os.write(self._screen, data) :]
                 except BlockingIOError:  # some terminals are shared and do not block
                     select.select([], [self._screen], [])
-        except OSError:
-            pass  # nobody reads any more; what is typed still counts
 
 
 class PlainTerminal(Terminal):
@@ -791,7 +752,7 @@ class PlainTerminal(Terminal):
     def _begin(self) -> None:
         self._echoed = False
         if self.person:
-            self._write(f"{self._prompt}")
+            self._write(self._prompt)
         if self._prompt == PASSWORD:
             # What is half typed in the system's buffer is no part of the secret.
             self._set_modes(termios.ECHO if termios else 0, flush=True)
@@ -805,8 +766,14 @@ class PlainTerminal(Terminal):
         text, shown = line.removesuffix("\n"), self._prompt != PASSWORD
         self._echoed = shown and line != text
         if not self.person:
-            self.show(f"{self._prompt}{text if shown else ''}")
+            self.show(self._prompt + text * shown)
         return text
+
+    def _await_typing(self) -> None:
+        if os.name != "nt":
+            return super()._await_typing()
+        self._read_keyboard()  # select() takes sockets only there
+        self._heed_signals()
 
     def _end(self) -> None:
         if self.person and not self._echoed:
@@ -832,7 +799,7 @@ class PlainTerminal(Terminal):
             self.show("(Please press Enter.)")  # nothing else ends its reading there
 
     def _show_text(self, text: str) -> None:
-        if self.person and self._prompt is not None:
+        if self.person and self._prompt:
             text = f"\n{text}{self._prompt}"
         self._write(text)
 
@@ -861,37 +828,29 @@ def _width_at(text: str, place: int) -> int:
     return width
 
 
-# Where a key takes the cursor.  A character is passed with all that combines with it,
-# so that no key stops inside one.
-def _left(text: str, place: int) -> int:
-    place = max(0, place - 1)
-    while place and not _width_at(text, place):
-        place -= 1
+# Where a key takes the cursor, to the left (by is -1) or to the right.  A character is
+# passed with all that combines with it, so that no key stops inside one.
+def _step(text: str, place: int, by: int) -> int:
+    place = min(max(0, place + by), len(text))
+    while 0 < place < len(text) and not _width_at(text, place):
+        place += by
     return place
 
 
-def _right(text: str, place: int) -> int:
-    place = min(place + 1, len(text))
-    while place < len(text) and not _width_at(text, place):
-        place += 1
-    return place
-
-
-def _word_left(text: str, place: int, gap: str = r"\W") -> int:
+def _word(text: str, place: int, by: int, gap: str = r"\W") -> int:
     """Pass what is between two words, then a word."""
     for in_gap in (True, False):
-        while place and bool(re.match(gap, text[_left(text, place)])) == in_gap:
-            place = _left(text, place)
+        while (further := _step(text, place, by)) != place:
+            if bool(re.match(gap, text[min(place, further)])) != in_gap:
+                break
+            place = further
     return place
 
 
-def _word_right(text: str, place: int) -> int:
-    for in_gap in (True, False):
-        while place < len(text) and bool(re.match(r"\W", text[place])) == in_gap:
-            place = _right(text, place)
-    return place
-
-
+_left, _right, _home, _end = [
+    partial(_step, by=by) for by in (-1, 1, -sys.maxsize, sys.maxsize)
+]
+_word_left, _word_right = partial(_word, by=-1), partial(_word, by=1)
 # key → where it takes the cursor, and whether it cuts what it passes
 _KEYS = {
     key: (move, cuts)
@@ -904,11 +863,11 @@ _KEYS = {
         (_word_left, True, "\x1b\x7f \x1b\x08"),
         (_word_right, False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
         (_word_right, True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
-        (lambda text, place: _word_left(text, place, r"\s"), True, "\x17"),
-        (lambda text, place: 0, False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
-        (lambda text, place: 0, True, "\x15"),
-        (lambda text, place: len(text), False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
-        (lambda text, place: len(text), True, "\x0b"),
+        (partial(_word_left, gap=r"\s"), True, "\x17"),
+        (_home, False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
+        (_home, True, "\x15"),
+        (_end, False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
+        (_end, True, "\x0b"),
     ]
     for key in keys.split(" ")
 }
@@ -970,7 +929,7 @@ class History:
 
     def add(self, text: str) -> None:
         """Note a message."""
-        if text.strip() and text not in [*self._sent][-1:]:
+        if text not in [*self._sent][-1:]:
             self._sent.append(text)
 
     def start(self) -> None:
@@ -1027,22 +986,20 @@ class LineEditor(Terminal):
         super().__enter__()
         for number in signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT:
             signal.signal(number, lambda number, _: self._signals.append(number))
-        self._write(_BRACKETS_ON)
         return self
 
-    def _restore(self) -> None:
-        super()._restore()
+    def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
+        super()._set_modes(off, flush=flush)
         # A signal handler may be here because the screen takes nothing any more.
         if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
-            self._write(_BRACKETS_OFF)
+            self._write(_BRACKETS_ON if off else _BRACKETS_OFF)
 
     def _heed(self, number: int) -> None:
         if number == signal.SIGTSTP:
             self._stop()
         elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
-            self._set_modes(self._kept_off)
             with self._lock:
-                self._write(_BRACKETS_ON)
+                self._set_modes(self._kept_off)
                 self._shown = ("", "")  # the shell has written since
         elif number != signal.SIGWINCH:  # for which it is enough to wake
             super()._heed(number)
@@ -1050,9 +1007,7 @@ class LineEditor(Terminal):
     def _stop(self) -> None:
         """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
         with self._lock:
-            if self._prompt is not None:
-                self._finish_line()
-            self._write(_BRACKETS_OFF)
+            self._end()
             self._set_modes()
             handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTSTP)
@@ -1071,7 +1026,7 @@ class LineEditor(Terminal):
             answer = super().ask(prompt, until)
             if len(self._pasted) > MAX_PASTED_LINES:
                 self._confirm(until)
-        if answer and prompt == MESSAGE:
+        if answer and answer.strip() and prompt == MESSAGE:
             self._history.add(answer)
         return answer
 
@@ -1110,12 +1065,13 @@ class LineEditor(Terminal):
             if self._prompt == MESSAGE:
                 self.draft = (self._text, self._place)
             self._write(self._erase())
-            self._prompt = None
+            self._prompt = ""
         return ""
 
     def _end(self) -> None:
-        if self._prompt is not None:
-            self._finish_line()
+        if self._prompt:  # the line stays on the screen, whole
+            text = "" if self._prompt == PASSWORD else self._text
+            self._write(f"{self._erase()}{self._prompt}{text}\n")
 
     def _edit(self, key: str) -> None:
         """Change the line as a key asks for.  Caller holds _lock."""
@@ -1155,14 +1111,11 @@ class LineEditor(Terminal):
         Where no message is typed, only the first line is of use.
         """
         first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
-        after = self._text[self._place :]
-        if more and self._prompt == MESSAGE:
-            self._text = self._text[: self._place]
-        self._insert(first)
         if not more or self._prompt != MESSAGE:
+            self._insert(first)
             return
-        *lines, last = self._text, *more
-        rest = last + after
+        *lines, last = self._text[: self._place] + first, *more
+        rest = last + self._text[self._place :]
         lines = [line for line in lines if line.strip()]
         if rest.strip() and len(lines) >= MAX_PASTED_LINES:
             lines, rest, last = [*lines, rest], "", ""
@@ -1175,8 +1128,7 @@ class LineEditor(Terminal):
         stem = self._text[: self._place].rpartition(" ")[2]
         if self._fitting is None:
             names = self._names_with(stem)
-            after_msg = self._text[: self._place].lower() == "/msg "
-            if self._prompt == PASSWORD or not names or not (stem or after_msg):
+            if self._prompt == PASSWORD or not names:
                 self._insert(protocol.clean("\t"))
                 return
             self._fitting = cycle(names)
@@ -1201,28 +1153,22 @@ class LineEditor(Terminal):
 
     def _cut(self, chunk: bytes) -> list[str]:
         self._last_key_at = time.monotonic()
-        return self._keys.feed(chunk)
+        keys = self._keys.feed(chunk)
+        self._pause = PASTE_SECONDS if self._keys.pasting else QUIET_SECONDS
+        return keys
 
-    def _watch(
-        self, seconds: float = math.inf, writable: socket.socket | None = None
-    ) -> bool:
-        if self._keys.pasting:
-            seconds = min(seconds, PASTE_SECONDS)
-        goes_on = super()._watch(seconds, writable)
+    def _await_typing(self) -> None:
+        self._watch(PASTE_SECONDS if self._keys.pasting else math.inf)
         silent = time.monotonic() - self._last_key_at >= PASTE_SECONDS
         if self._keys.pasting and silent:  # its end got lost
             self._ahead += self._cut(_PASTE_END.encode())
-        if self._prompt is not None and not self._ahead:
+        if not self._ahead:  # the window's size has changed, or all is forgotten
             with self._lock:
-                self._draw()  # the window's size has changed, or all is forgotten
-        return goes_on
+                self._draw()
 
     def forget_typed(self) -> None:
         super().forget_typed()
         self._pasted.clear()
-
-    def _pause(self) -> float:
-        return PASTE_SECONDS if self._keys.pasting else QUIET_SECONDS
 
     # --- the screen -----------------------------------------------------------------
 
@@ -1230,27 +1176,21 @@ class LineEditor(Terminal):
         """Return a line in its colours; the person's own name is bold in it."""
         self._note_names(line)
         text = super()._style(line)
-        if not self._colours or not (line.mark or line.name):
+        if not self._colours:
             return text
         if line.mark:
             return f"\x1b[{_MARK_STYLES[line.mark]}m{text}\x1b[m"
         said = self._mention.sub("\x1b[1m\\g<0>\x1b[22m", line.text)
-        head = text.removesuffix(line.text)
         if line.private:
-            return f"\x1b[{_PRIVATE_COLOUR}m{head}{said}\x1b[m"
+            return f"\x1b[{_PRIVATE_COLOUR}m{text.removesuffix(line.text)}{said}\x1b[m"
         colour = _NAME_COLOURS[zlib.crc32(line.name.encode()) % len(_NAME_COLOURS)]
-        return f"\x1b[{colour}m{line.name}\x1b[m: {said}"
+        return f"\x1b[{colour}m{line.name}\x1b[m: {said}" if line.name else text
 
     def _show_text(self, text: str) -> None:
-        if self._prompt is None:
-            self._write(text)
-        else:
+        if self._prompt:
             self._draw(text)
-
-    def _finish_line(self) -> None:
-        """Leave the line on the screen, whole; go on below it.  Caller holds _lock."""
-        text = "" if self._prompt == PASSWORD else self._text
-        self._write(f"{self._erase()}{self._prompt}{text}\n")
+        else:
+            self._write(text)
 
     def _erase(self) -> str:
         """Return what clears prompt and line from the screen.  Caller holds _lock."""

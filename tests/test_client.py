@@ -492,7 +492,11 @@ def test_client_connects_again_after_the_last_refused_name(room: Room) -> None:
 
     assert status == 0
     assert sum(line.startswith("! ") for line in output) == 5
-    assert output[-4:] == ["* Welcome, Alex! /help lists the commands. Also online: nobody yet.", "You: q", *LEFT]
+    assert output[-4:] == [
+        "* Welcome, Alex! /help lists the commands. Also online: nobody yet.",
+        "You: q",
+        *LEFT,
+    ]
 
 
 def end_quietly(caller: Caller) -> None:
@@ -800,7 +804,9 @@ def test_client_reaches_an_ipv6_address(start_room: Callable[..., Room]) -> None
     status, output = run_client(room.address, "1\nAlex\nq\n")
 
     assert status == 0
-    assert "* Welcome, Alex! /help lists the commands. Also online: nobody yet." in output
+    assert (
+        "* Welcome, Alex! /help lists the commands. Also online: nobody yet." in output
+    )
 
 
 # --- the client on a terminal -------------------------------------------------------
