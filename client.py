@@ -135,20 +135,20 @@ def _open_terminal(options: argparse.Namespace) -> Terminal:
     return LineEditor(keyboard, screen, options)
 
 
-# What to do about it, by the first kind of error that fits.
-_ADVICE: list[tuple[type[Exception], str]] = [
-    (socket.gaierror, "is the name after --host spelled as it should be?"),
-    (ConnectionRefusedError, "start the server there, or give its --port"),
-    (TimeoutError, "is that computer up, and the port open in its firewall?"),
-    (OSError, "the system does not allow it"),
-    (ValueError, "--host takes a name or an address"),
-]
-
-
 def _explain(error: Exception) -> str:
-    reason = "that is no host" if isinstance(error, ValueError) else _reason(error)
-    advice = next(advice for kind, advice in _ADVICE if isinstance(error, kind))
-    return f"{reason} ({advice})"
+    """Return why there is no connection, and what to do about that very thing."""
+    match error:
+        case ValueError():
+            return "that is no host (--host takes a name or an address)"
+        case socket.gaierror():
+            advice = "is the name after --host spelled as it should be?"
+        case ConnectionRefusedError():
+            advice = "start the server there, or give its --port"
+        case TimeoutError():
+            advice = "is that computer up, and the port open in its firewall?"
+        case _:
+            advice = "the system does not allow it"
+    return f"{_reason(error)} ({advice})"
 
 
 def _reason(error: Exception) -> str:
@@ -461,12 +461,15 @@ def _never() -> bool:
 class Terminal:
     """What both kinds of terminal share: waiting, signals, modes and writing.
 
-    A subclass says how what is typed is cut into keys or lines (_cut), how a prompt is
-    answered (_begin, _read_line, _end), and how lines are shown meanwhile (_show_text).
-
     Threads: all but show() and nudge() is the main thread's.
     """
 
+    # What a kind adds; with _lock held, but for the first two.
+    _cut: Callable[[bytes], list[str]]  # return the keys or lines that are complete now
+    _read_line: Callable[[], str | None]  # return the line that is typed, as ask() does
+    _begin: Callable[[], None]  # show the prompt
+    _end: Callable[[], None]  # see to it that what is shown next begins a row
+    _show_text: Callable[[str], None]  # show lines, each with its newline
     _kept_off = 0  # the local modes that are off while the terminal is ours
     # How many empty reads in a row are no end of input.  A read that never waits is
     # empty as well when Ctrl-C or Ctrl-Z has emptied the system's buffer before it.
@@ -536,18 +539,6 @@ class Terminal:
                 self._prompt, self._until = "", _never
         return None if line is None or _is_quit(line) else line
 
-    def _begin(self) -> None:
-        """Show the prompt.  Caller holds _lock."""
-        raise NotImplementedError
-
-    def _read_line(self) -> str | None:
-        """Return the line that is typed; None at the end of input, "" if woken."""
-        raise NotImplementedError
-
-    def _end(self) -> None:
-        """See to it that what is shown next begins a row.  Caller holds _lock."""
-        raise NotImplementedError
-
     def _next(self) -> str | None:
         """Return the next key or line; None at the end of input, "" if woken."""
         while not self._ahead:
@@ -564,11 +555,7 @@ class Terminal:
     # --- waiting --------------------------------------------------------------------
 
     def wait(
-        self,
-        fact: Fact,
-        writable: socket.socket | None = None,
-        *,
-        patient: bool = False,
+        self, fact: Fact, writable: socket.socket | None = None, patient: bool = False
     ) -> bool:
         """Wait until this is so, with the keyboard watched; False if the person leaves.
 
@@ -577,11 +564,10 @@ class Terminal:
         patient: what came from a pipe is to be delivered, however long that takes.
         """
         for_ever = patient and not (self.person or self._ending)
-        patience = math.inf if for_ever else LEAVE_SECONDS
         deadline = math.inf
         while not fact():
-            if deadline == math.inf and self._wants_to_leave():
-                deadline = time.monotonic() + patience
+            if deadline == math.inf and not for_ever and self._wants_to_leave():
+                deadline = time.monotonic() + LEAVE_SECONDS
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return False
@@ -631,10 +617,6 @@ class Terminal:
         self._empty_reads = 0 if chunk else self._empty_reads + 1
         self._input_ended = self._empty_reads > self._idle_reads
         self._ahead += self._cut(chunk)
-
-    def _cut(self, chunk: bytes) -> list[str]:
-        """Return the keys or lines that are complete now; b"": the input has ended."""
-        raise NotImplementedError
 
     # --- signals, modes, and the end ------------------------------------------------
 
@@ -704,10 +686,6 @@ class Terminal:
         with self._lock:
             if text := "".join([self._paint(line) + "\n" for line in lines]):
                 self._show_text(text)
-
-    def _show_text(self, text: str) -> None:
-        """Show lines, each with its newline.  Caller holds _lock."""
-        raise NotImplementedError
 
     def _paint(self, line: ServerLine | str) -> str:
         """Return a line as it is shown, with what the flags ask for."""
