@@ -335,7 +335,7 @@ class ChatClient:
     def _tell_secret(self) -> bool:
         """Send a password; False if the person leaves."""
         password = self._terminal.ask(PASSWORD, lambda: self._end)
-        return password == "" or password is not None and self._send(password)
+        return password is not None and (self._end != "" or self._send(password))
 
     # --- sending, waiting and leaving -----------------------------------------------
 
@@ -858,7 +858,6 @@ _KEY = re.compile(
     r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b]",
     re.DOTALL,
 )
-_LONGEST_KEY = 64
 # Around what is pasted.  A key that begins so stands for a whole paste.
 _PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
 _BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
@@ -884,8 +883,8 @@ class KeyReader:
             key, end = match[0], match.end()
             if key.endswith(_PASTED):  # a person may have pressed Escape before
                 close = self._rest.find(_PASTE_END, end)
-                self.pasting = close < 0
-                if self.pasting:
+                if close < 0:
+                    self.pasting = True
                     break
                 key = _PASTED + self._rest[end:close][:MAX_TYPED_CHARS]
                 end = close + len(_PASTE_END)
@@ -893,9 +892,8 @@ class KeyReader:
             place = end
         self._rest = self._rest[place:]
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
-        most = MAX_TYPED_CHARS if self.pasting else _LONGEST_KEY
-        if len(self._rest) > most + READ_BYTES:
-            self._rest = self._rest[: most + _LONGEST_KEY] + self._rest[-_LONGEST_KEY:]
+        if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:
+            self._rest = self._rest[:MAX_TYPED_CHARS] + self._rest[-len(_PASTE_END) :]
         return keys
 
 
@@ -1105,14 +1103,14 @@ class LineEditor(Terminal):
         # Once more, the name that was put in is the stem, and is replaced.
         stem = self._text[: self._place].rpartition(" ")[2]
         if self._fitting is None:
-            names = self._names_with(stem)
+            names = self._others_names(stem)
             if self._prompt == PASSWORD or not names:
                 self._insert(protocol.clean("\t"))
                 return
             self._fitting = cycle(names)
         self._insert(next(self._fitting), instead_of=len(stem))
 
-    def _names_with(self, stem: str) -> list[str]:
+    def _others_names(self, stem: str) -> list[str]:
         """Return the names of others that begin so, the one seen last first."""
         start = protocol.name_key(stem)
         seen = [name for key, name in self._names.items() if key.startswith(start)]
