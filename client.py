@@ -957,6 +957,7 @@ class LineEditor(Terminal):
         self._text, self._place = self.draft  # the line being typed, and its cursor
         self._pasted: deque[str] = deque()  # lines that are to be sent
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
+        self._brackets = ""  # that were asked for, or not, around a paste
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -966,17 +967,20 @@ class LineEditor(Terminal):
 
     def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
         super()._set_modes(off, flush=flush)
+        before, self._brackets = self._brackets, _BRACKETS_ON if off else _BRACKETS_OFF
         # A signal handler may be here because the screen takes nothing any more.
-        if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
-            self._write(_BRACKETS_ON if off else _BRACKETS_OFF)
+        ready = select.select([], [self._screen], [], QUIET_SECONDS)[1]
+        if self._brackets != before and ready:
+            self._write(self._brackets)
 
     def _heed(self, number: int) -> None:
         if number == signal.SIGTSTP:
             self._stop()
         elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
             with self._lock:
-                self._set_modes(self._kept_off)
                 self._shown = ("", "")  # the shell has written since
+                self._brackets = ""
+                self._set_modes(self._kept_off)
         elif number != signal.SIGWINCH:  # for which it is enough to wake
             super()._heed(number)
 

@@ -734,8 +734,8 @@ paste-not-cleaned: test_control_characters_in_a_paste
 + first, *more = map(str, 
 
 brackets-left-on: test_leaving_at_a_terminal
-- self._write(_BRACKETS_ON if off else _BRACKETS_OFF)
-+ self._write(_BRACKETS_ON)
+- _BRACKETS_ON if off else _BRACKETS_OFF
++ _BRACKETS_ON
 
 typed-ahead-left-for-the-shell: test_what_is_typed_ahead
 -         self.forget_typed()
