@@ -4,7 +4,7 @@ Threads:
   main          accept_connections: accepts and closes; at the end runs the shutdown
   handlers      handle_client, one per client: read, check, append to the outbox
   broadcaster   all that is ever sent to members
-  recorder      writes what the terminal shows
+  recorders     what the terminal shows; with --database, what is kept there
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
 one entry to the outbox, under the lock.  The broadcaster moves all entries that are in
@@ -40,7 +40,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -77,7 +77,9 @@ MAX_OUTBOX_BYTES = 256 * 1024
 # What one member may have still to be sent.  The stream is shared: all slow readers
 # together hold this much once, not each.
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
-# Of memory, for each entry, and for each spot where a member sees something else.
+# What the spots of all slow readers together may take: the answers to /history, say.
+MAX_SPOT_BYTES = 32 * 1024 * 1024
+# What an entry takes of memory besides its bytes, and a spot.
 ENTRY_BYTES = 200
 TURN_BYTES = 256 * 1024  # that one send offers: all of a full outbox
 # So often a pass looks at the outbox: members whose turn is still to come get at once
@@ -92,7 +94,7 @@ LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
 LINGER_SECONDS = 1.0  # for the last lines to a client that leaves
-LOOK_SECONDS = 0.02  # between two looks at the connections that linger
+POLL_SECONDS = 0.02  # between two looks at the connections that linger
 SHUTDOWN_SECONDS = 1.3  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
@@ -106,16 +108,21 @@ SCHEMA_VERSION = 1  # PRAGMA user_version of the database
 ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
 BUSY_SECONDS = 1.0  # that another program may keep the database locked at a time
 RETRY_SECONDS = 0.5  # after a write to the database has failed
+HANGS_SECONDS = 0.25  # without a new batch: the disk hangs, and nobody waits for it
+CHANGE_SECONDS = 3.0  # that a member waits for a change of its account
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
 
 # What accept(2) says of a lack that may pass, and of a connection that is gone again.
-EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+EXHAUSTED = {
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
+    getattr(errno, "WSAEMFILE", errno.EMFILE),
+}  # fmt: skip
 GONE_AGAIN = {
-    errno.ECONNABORTED, errno.EAGAIN, errno.EPERM, errno.EPROTO, errno.ENOPROTOOPT,
-    errno.EOPNOTSUPP, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
+    errno.ECONNABORTED, errno.ECONNRESET, errno.EAGAIN, errno.EWOULDBLOCK, errno.EPERM,
+    errno.EPROTO, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
 }  # fmt: skip
 
 FOREVER = float("inf")
@@ -137,12 +144,12 @@ class _Client:
         self.join_by = time.monotonic() + JOIN_SECONDS
         self.answer: Callable[[bytes], None] | None = None  # takes its next line
         self.dropped = ""  # why we end it: its handler reads no more
-        self.lost = ""  # why its peer is gone: what that sent before is still read,
-        self.read_until = FOREVER  # but no longer than this
+        self.lost = ""  # why its peer is gone; what that had sent is still read,
+        self.read_until = FOREVER  # until then
         self.released: threading.Event | None = None  # set after the last send to it
-        # The broadcaster's own: up to where it has been sent the stream, and the spots
-        # behind that where it sees its own face of an entry, not the bytes from start
-        # to end.
+        # The broadcaster's own: the offset in the stream up to which this member has
+        # been sent all, and the spots behind it where it sees its own face of an entry
+        # instead of the bytes from start to end.
         self.place = 0
         self.spots: list[tuple[int, int, bytes]] = []  # start, end, face
         self.spot_bytes = 0  # of memory
@@ -214,7 +221,7 @@ class ChatServer:
         # Connections that we have ended, until the peer ends them too: socket → the
         # time at which we wait no longer.  Handlers add, only the main thread removes.
         self._lingering: dict[socket.socket, float] = {}
-        self._look_at = 0.0  # when to look at them next
+        self._poll_at = 0.0  # when to look at them next
 
         # Guards the names below, and the outbox, which change together.  Held for table
         # operations only: never while sending, receiving or joining a thread.
@@ -263,8 +270,8 @@ class ChatServer:
         if now >= self._accept_at:
             self._accept_at = FOREVER
             self._arrivals.register(self._listener, selectors.EVENT_READ)
-        if now >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
+        if now >= self._poll_at:
+            self._poll_at = now + POLL_SECONDS
             for client_socket, close_at in self._lingering.copy().items():
                 if now >= close_at or _has_ended(client_socket):
                     del self._lingering[client_socket]
@@ -278,7 +285,7 @@ class ChatServer:
             reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
             self._dismiss(client, "it has not joined in time", reason)
         if self._lingering:
-            due.append(self._look_at)
+            due.append(self._poll_at)
         return min([self._accept_at, *due]) - now
 
     def _accept_one(self) -> None:
@@ -316,6 +323,8 @@ class ChatServer:
         """
         oldest = None
         with self._lock:
+            if len(self._connections) >= 2 * self._max_clients:
+                return False  # there are handlers that have not ended yet
             if len(self.clients) + len(self._unjoined) >= self._max_clients:
                 oldest = next(iter(self._unjoined), None)
                 if not oldest:
@@ -394,6 +403,7 @@ class ChatServer:
         self._linger(client.socket)
         with self._lock:
             del self._connections[client.socket]
+        self._arrivals.wake()  # at the end the main thread waits for this
 
     def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
         """Yield the lines of a client as they come, no more of them than it may send.
@@ -430,8 +440,12 @@ class ChatServer:
             try:
                 if text := protocol.decode_message(line):
                     name = protocol.check_name(text)
-                    owner = self._is_owner(client, name, lines)
-                    return owner and self._join(client, name)
+                    account = self._database.account(name) if self._database else None
+                    if account and not self._asks_password(
+                        client, name, account, lines
+                    ):
+                        return False
+                    return self._join(client, name, account)
             except ProtocolError as error:
                 tried += 1
                 reason = str(error)
@@ -443,45 +457,50 @@ class ChatServer:
                     return False
         return False
 
-    def _is_owner(
-        self, client: _Client, name: str, lines: Iterator[list[bytes]]
+    def _asks_password(
+        self,
+        client: _Client,
+        name: str,
+        account: _Account,
+        lines: Iterator[list[bytes]],
     ) -> bool:
-        """Ask for the password, if the name has one; False if the client ends instead.
+        """Ask for the password of a name that is kept; False if the client ends instead.
 
-        Raises ProtocolError for another password.
+        Raises ProtocolError for a wrong one, and while the owner is in.
         """
-        key = protocol.name_key(name)
-        database = self._database
-        if not database or key not in database.accounts or key in self._owners:
-            return True  # or _join() says that it is taken
+        assert self._database
+        self._check_free(name)
         question = f"The name {name} is kept for its owner. What is the password?"
         _send_at_once(client, protocol.question(question))
         (line,) = next(lines, [b"q"])
         if line in protocol.QUIT_LINES:
             return False
-        # The password as it is now, not as it was when this was asked.
-        account = database.accounts.get(key)
-        if account and not database.is_password(account, line):
+        if not self._database.is_password(account, line, lambda: client.dropped != ""):
             raise ProtocolError(f"That is not the password of {name}.")
         return True
 
-    def _join(self, client: _Client, name: str) -> bool:
+    def _check_free(self, name: str) -> None:
+        if protocol.name_key(name) in self._owners:
+            raise ProtocolError(f"The name {name} is taken.")
+
+    def _join(self, client: _Client, name: str, account: _Account | None) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
 
-        Raises ProtocolError if the name is taken.
+        account: whose password the client knows.  Raises ProtocolError if the name is
+        taken, or kept by another password by now.
         """
-        key = protocol.name_key(name)
         joined = f"{name} has joined the chat."
         with self._lock:
             if client not in self._unjoined or self._outbox.closed.is_set():
                 return False
-            if key in self._owners:
-                raise ProtocolError(f"The name {name} is taken.")
+            self._check_free(name)
+            if self._database and self._database.account(name) is not account:
+                raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
             if self._database:
                 welcome += self._database.history(HISTORY_MESSAGES)
             del self._unjoined[client]
-            self._owners[key] = client
+            self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
             client.name = name
             notices = b"".join(map(protocol.notice, welcome))
@@ -531,22 +550,25 @@ class ChatServer:
     def _say(self, client: _Client, said: list[str]) -> None:
         """Broadcast these texts, and empty the list."""
         if said:
-            message = "".join([f"{client.name}: {text}\n" for text in said])
+            self.broadcast_message("\n".join(said), client.socket)
             said.clear()
-            self.broadcast_message(message.encode(protocol.ENCODING), client.socket)
 
-    def broadcast_message(self, message: bytes, sender_socket: socket.socket) -> None:
-        """Append a message to the outbox, for everybody but its sender.
+    def broadcast_message(self, message: str, sender_socket: socket.socket) -> None:
+        """Append what a member says to the outbox, for everybody else.
 
-        message: whole lines of a member, each with its newline.  Waits for room in the
+        message: one text or several, a line each, cleaned.  Waits for room in the
         outbox, never for a reader.  Once the server shuts down, nothing is accepted.
         """
         sender = self._connections[sender_socket]
-        lines = message.decode(protocol.ENCODING).removesuffix("\n").split("\n")
-        told = "\n".join([f"Received message from {line}" for line in lines])
-        texts = [line.removeprefix(f"{sender.name}: ") for line in lines]
-        told = told if self._tell_messages else ""
-        self._submit(_Entry(sender, message), told, texts)
+        texts = message.split("\n")
+        lines = [f"{sender.name}: {text}\n" for text in texts]
+        told = ""
+        if self._tell_messages:
+            told = "".join([f"Received message from {line}" for line in lines])
+        if self._database:
+            self._database.wait_for_room()
+        encoded = "".join(lines).encode(protocol.ENCODING)
+        self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
     def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
@@ -581,8 +603,8 @@ class ChatServer:
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
-        places = range(0, len(names), MAX_NAMES_LISTED)
-        rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for first in places]
+        firsts = range(0, len(names), MAX_NAMES_LISTED)
+        rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for first in firsts]
         others = [f"… {row}" for row in rows[1:]]
         self._answer(client, f"{len(names)} online: {rows[0]}", *others)
 
@@ -620,7 +642,7 @@ class ChatServer:
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
         self._database.keep(client.name, protocol.check_password(line))
-        self._answer(client, f"The name {client.name} is now kept for you, its owner.")
+        self._answer(client, f"The name {client.name} is now kept for you.")
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
@@ -699,6 +721,7 @@ class ChatServer:
                     client.thread.join()
             for client_socket in self._lingering:
                 client_socket.close()
+            self._broadcaster.close()
             self._arrivals.close()
 
     def _close_listener(self) -> None:
@@ -827,6 +850,10 @@ class _Broadcaster:
             self._asleep = False
             self._writable.wake()
 
+    def close(self) -> None:
+        """Free what it holds; nobody may wake it any longer."""
+        self._writable.close()
+
     def _rest(self) -> float | None:
         """Return how long to rest; None once all is sent, or time is up."""
         now = time.monotonic()
@@ -844,20 +871,21 @@ class _Broadcaster:
         A pass looks at the outbox a few times: members whose turn is still to come get
         at once what was said meanwhile, and the others get it in the next pass.
         """
-        before = self._end
-        if time.monotonic() >= self._pass_at and (self._take_in() or self._pass_again):
+        taken = self._take_in() if time.monotonic() >= self._pass_at else 0
+        if taken or self._pass_again:
             self._pass_again = False
             self._passed = self._end
             members = [member for member in self._members if member not in self._slow]
             group = len(members) // LOOKS_PER_PASS + 1
             for first in range(0, len(members), group):
                 if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
-                    self._pass_again = self._take_in()
+                    taken += self._take_in()
+                    self._pass_again = True  # for those that have had their turn
                 self._give_turns(members[first : first + group])
-        self._mind_slow_readers(self._end - before)
+        self._mind_slow_readers(taken)
 
-    def _take_in(self) -> bool:
-        """Move all entries of the outbox to the end of the stream; False if none."""
+    def _take_in(self) -> int:
+        """Move all entries of the outbox to the end of the stream; return their bytes."""
         entries = self._outbox.take()
         for client, to_others, to_self, joins, leaves in entries:
             start = self._end
@@ -873,7 +901,7 @@ class _Broadcaster:
                 self._add_spot(client, start, end, to_self)
             elif client.released:
                 client.released.set()  # dropped before its leaving
-        return bool(entries)
+        return sum(len(entry.to_others) + len(entry.to_self) for entry in entries)
 
     def _add_spot(self, member: _Client, start: int, end: int, face: bytes) -> None:
         if member.spots and member.spots[-1][1] == start and not face:
@@ -925,7 +953,7 @@ class _Broadcaster:
             data += self._slice(place, min(start, place + TURN_BYTES))
             if start - place > TURN_BYTES:
                 break
-            data += face
+            data += face[:TURN_BYTES]
             if len(data) >= TURN_BYTES:
                 break
             place = end
@@ -956,7 +984,8 @@ class _Broadcaster:
         if member.place == sys.maxsize:
             self._forget(member)  # it leaves, and has had all before that
         elif member.place == self._end and not member.spots:
-            if self._slow.pop(member, member) is None:
+            if member in self._slow:
+                del self._slow[member]
                 self._writable.unregister(member.socket)
         elif member not in self._slow:
             try:
@@ -974,18 +1003,21 @@ class _Broadcaster:
         While one is near that, the next pass comes later: in proportion to the bytes
         that this one took in, and to how far beyond half of its limit the member is.
         """
-        place, most = self._passed, 0
+        place, most, spot_bytes = self._passed, 0, 0
         for member in tuple(self._slow):
             unsent = self._end - member.place + member.spot_bytes
-            if unsent > MAX_UNSENT_BYTES:
-                member.dropped = f"too slow, {MAX_UNSENT_BYTES} bytes waited for it"
+            spot_bytes += member.spot_bytes
+            if unsent > MAX_UNSENT_BYTES or spot_bytes > MAX_SPOT_BYTES:
+                member.dropped = f"too slow, {unsent} bytes waited for it"
                 self._drop(member)
             else:
                 place, most = min(place, member.place), max(most, unsent)
-        del self._stream[: place - self._end + len(self._stream)]
-        pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1) * taken / MAX_OUTBOX_BYTES
+        first = self._end - len(self._stream)
+        del self._stream[: place - first]
+        pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
-            self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure
+            fullness = min(1.0, taken / MAX_OUTBOX_BYTES)
+            self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure * fullness
 
     def _drop(self, member: _Client) -> None:
         """Send nothing more to a member, and wake its handler, which does the rest.
@@ -993,7 +1025,8 @@ class _Broadcaster:
         What a member sent before its connection was lost can still be read.
         """
         self._forget(member)
-        _shut(member.socket, socket.SHUT_RDWR)
+        if member.dropped:
+            _shut(member.socket, socket.SHUT_RDWR)
 
     def _forget(self, member: _Client) -> None:
         """Let go of a member that gets nothing more; if it leaves, its handler ends."""
@@ -1010,7 +1043,6 @@ class _Broadcaster:
             self._outbox.close()
         for member in self._members:
             _shut(member.socket, socket.SHUT_WR)
-        self._writable.close()
         self.ended.set()
         self._on_end()
 
@@ -1189,7 +1221,7 @@ class Recorder(Generic[T]):
         # Guards the names below.  Not held while writing.
         self._changed = threading.Condition()
         self._batch: list[T] = []
-        self._unwritten = 0  # lines or messages, those being written included
+        self.unwritten = 0  # lines or messages, those being written included
         self._left_out = 0
         self._closed = False
         # A daemon, since nothing can wake a write to a terminal that is stuck; it holds
@@ -1200,24 +1232,25 @@ class Recorder(Generic[T]):
     def put(self, item: T, size: int) -> None:
         """Queue an item of so many lines or messages.  Never waits."""
         with self._changed:
-            if self._unwritten + size > MAX_UNWRITTEN:
+            if self.unwritten + size > MAX_UNWRITTEN:
                 self._left_out += size
                 return
             if self._left_out:
                 self._end_gap()
             self._batch.append(item)
-            self._unwritten += size
+            self.unwritten += size
             if len(self._batch) == 1:
                 self._changed.notify_all()
 
-    def close(self, seconds: float) -> None:
-        """Write all that was put, for so long at most."""
+    def close(self, seconds: float) -> int:
+        """Write all that was put, for so long at most; return how much is left."""
         with self._changed:
             if self._left_out:
                 self._end_gap()
             self._closed = True
             self._changed.notify_all()
         self._thread.join(seconds)
+        return self.unwritten
 
     def _end_gap(self) -> None:
         """Caller holds _changed."""
@@ -1233,10 +1266,10 @@ class Recorder(Generic[T]):
                     return
                 self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
                 batch, self._batch = self._batch, []
-                size = self._unwritten
+                size = self.unwritten
             self._write(batch)
             with self._changed:
-                self._unwritten -= size
+                self.unwritten -= size
 
 
 class Terminal:
@@ -1273,6 +1306,24 @@ class Terminal:
 # --- the database -------------------------------------------------------------------
 
 
+class _Said(NamedTuple):
+    """Messages of one member that are to be kept."""
+
+    at: float  # seconds since 1970
+    name: str
+    texts: Sequence[str]
+
+
+class _Change(NamedTuple):
+    """A change of an account that is to be made."""
+
+    key: str
+    account: _Account | None  # None: it is given up
+    statement: str
+    values: tuple[Any, ...]
+    done: threading.Event  # made, failed or too late
+
+
 class DatabaseError(OSError):
     """The file cannot be used; str() of it is what is wrong, and what to do."""
 
@@ -1304,15 +1355,14 @@ _SCHEMA = f"""
 class Database:
     """An SQLite file with what is said to the room, and with accounts.
 
-    The room never waits for it: a recorder writes, and what is read is in memory.  Only
-    a handler whose client changes its account waits for the disk itself.
+    The room never waits for it: all that is read is in memory, and only the recorder
+    writes.  Only a member that changes its account waits until that is written.
     """
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
         """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
         self._path = os.path.realpath(path)
         self._tell = tell
-        self._using = threading.Lock()  # guards the connection; held while it is used
         try:
             self._check_kind()
             self._connection = self._connect(self._path)
@@ -1329,13 +1379,18 @@ class Database:
                 f"cannot use {path!r}: {reason} (choose another --database)"
             ) from None
         self._file = self._stat()
-        # Guarded by the server's lock, as the order of what is said is.
+        # Guarded by the server's lock, as the order of messages is.
         self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
-        self.accounts = {key: _Account(*fields) for key, *fields in accounts}
+        self._accounts: dict[str, _Account | None] = {
+            key: _Account(*fields) for key, *fields in accounts
+        }
         self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
         self._failing = False
+        self._active_at = 0.0  # when the last batch was begun
         self.closing = threading.Event()  # wait for nothing any longer
-        self._recorder = Recorder(self._write, self._tell_gap)
+        self._recorder: Recorder[_Said | _Change] = Recorder(
+            self._write, self._tell_gap
+        )
 
     @staticmethod
     def _connect(path: str, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
@@ -1379,8 +1434,10 @@ class Database:
     def close(self, seconds: float) -> None:
         """Write all that was said, for so long at most, and close the file."""
         self.closing.set()
-        self._recorder.close(seconds)
-        if self._using.acquire(timeout=seconds):
+        unwritten = self._recorder.close(seconds)
+        if unwritten:
+            self._tell_gap(unwritten)
+        else:
             self._connection.close()
         self._lock_file.close()
 
@@ -1390,7 +1447,15 @@ class Database:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
         self._last.extend([(at, name, text) for text in texts])
-        self._recorder.put((at, name, texts), len(texts))
+        self._recorder.put(_Said(at, name, texts), len(texts))
+
+    def wait_for_room(self) -> None:
+        """Let a flood wait while the file is behind but comes on; not if it hangs."""
+        while self._recorder.unwritten > MAX_UNWRITTEN // 2:
+            if time.monotonic() - self._active_at > HANGS_SECONDS:
+                break
+            if self.closing.wait(GATHER_SECONDS):
+                break
 
     def history(self, most: int) -> list[str]:
         """Return the last messages for notices.  Caller holds the server's lock."""
@@ -1400,87 +1465,112 @@ class Database:
             for at, name, text in islice(self._last, first, None)
         ]
 
-    def _write(self, batch: list[tuple[float, str, Sequence[str]]]) -> None:
-        """Write a batch in one transaction, however long it takes to succeed."""
+    def _write(self, batch: list[_Said | _Change]) -> None:
+        """Write a batch in one transaction, however long it takes to succeed.
+
+        A change of an account is tried once: its member waits for it.
+        """
+        said = [item for item in batch if isinstance(item, _Said)]
         values = [
-            v for at, name, texts in batch for text in texts for v in (at, name, text)
+            v for at, name, texts in said for text in texts for v in (at, name, text)
         ]
-        while True:
+        changes = [item for item in batch if isinstance(item, _Change)]
+        self._active_at = time.monotonic()
+        while values or changes:
             try:
-                self._insert(values)
+                self._commit(values, changes)
                 break
             except (sqlite3.Error, OSError) as error:
                 if not self._failing:
                     self._tell(f"Cannot write to the database for now: {error}")
                 self._failing = True
-                if self.closing.wait(RETRY_SECONDS):
-                    self._tell_gap(len(values) // 3)
-                    return
+            for change in changes:
+                change.done.set()
+            changes = []
+            if self.closing.wait(RETRY_SECONDS):
+                self._tell_gap(len(values) // 3)
+                return
         if self._failing:
             self._tell("The database is written again.")
         self._failing = False
 
-    def _insert(self, values: list[Any]) -> None:
-        """Insert rows of (at, name, text).  Raises OSError or sqlite3.Error.
+    def _commit(self, values: list[Any], changes: list[_Change]) -> None:
+        """Insert rows of (at, name, text), and make changes, in one transaction.
 
-        Many rows a statement: the interpreter lock is taken back after each of these.
+        Many rows a statement, since the interpreter lock is taken back after each.
+        Raises OSError or sqlite3.Error.
         """
+        if self._stat() != self._file:
+            raise OSError("the file has been replaced or emptied")
+        changes = [change for change in changes if not change.done.is_set()]
         size = 3 * ROWS_PER_INSERT
-        with self._used() as connection:
+        with self._connection as connection:
+            connection.execute("BEGIN IMMEDIATE")
             for first in range(0, len(values), size):
                 rows = values[first : first + size]
                 marks = ",".join(["(?,?,?)"] * (len(rows) // 3))
-                connection.execute(
-                    f"INSERT INTO messages(at, name, text) VALUES {marks}", rows
-                )
-
-    @contextmanager
-    def _used(self) -> Iterator[sqlite3.Connection]:
-        """Make a transaction.  Raises OSError or sqlite3.Error."""
-        with self._using, self._connection as connection:
-            if self._stat() != self._file:
-                raise OSError("the file has been replaced or emptied")
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
+                insert = f"INSERT INTO messages(at, name, text) VALUES {marks}"
+                connection.execute(insert, rows)
+            for change in changes:
+                connection.execute(change.statement, change.values)
+        for change in changes:
+            self._accounts[change.key] = change.account
+            change.done.set()
 
     def _tell_gap(self, messages: int) -> None:
         self._tell(f"({messages} messages left out of the database)")
 
     # --- accounts -------------------------------------------------------------------
 
+    def account(self, name: str) -> _Account | None:
+        """Return the account that keeps a name, if there is one."""
+        return self._accounts.get(protocol.name_key(name))
+
     def keep(self, name: str, password: bytes) -> None:
         """Keep a name for its owner.  Raises ProtocolError if that fails."""
-        key, salt = protocol.name_key(name), secrets.token_bytes(SALT_BYTES)
-        account = _Account(salt, b"", **SCRYPT)
-        account = account._replace(hash=self._hash(password, account))
-        row = (key, name, *account, time.time())
-        self._change("INSERT OR REPLACE INTO accounts VALUES (?,?,?,?,?,?,?,?)", row)
-        self.accounts[key] = account
+        blank = _Account(secrets.token_bytes(SALT_BYTES), b"", **SCRYPT)
+        account = blank._replace(hash=self._hash(password, blank, lambda: False))
+        insert = "INSERT OR REPLACE INTO accounts VALUES (?,?,?,?,?,?,?,?)"
+        self._change(name, account, insert, (name, *account, time.time()))
 
     def give_up(self, name: str) -> None:
         """Keep a name no longer.  Raises ProtocolError if it was not kept, or is still."""
-        key = protocol.name_key(name)
-        if key not in self.accounts:
+        if not self.account(name):
             raise ProtocolError(f"The name {name} is not kept.")
-        self._change("DELETE FROM accounts WHERE key = ?", (key,))
-        del self.accounts[key]
+        self._change(name, None, "DELETE FROM accounts WHERE key = ?", ())
 
-    def _change(self, statement: str, values: tuple[Any, ...]) -> None:
-        try:
-            with self._used() as connection:
-                connection.execute(statement, values)
-        except (sqlite3.Error, OSError) as error:
-            raise ProtocolError(f"The database cannot be written: {error}.") from None
+    def _change(
+        self,
+        name: str,
+        account: _Account | None,
+        statement: str,
+        values: tuple[Any, ...],
+    ) -> None:
+        """Have the recorder change an account, and wait for it, but not for ever."""
+        key = protocol.name_key(name)
+        change = _Change(key, account, statement, (key, *values), threading.Event())
+        self._recorder.put(change, 1)
+        deadline = time.monotonic() + CHANGE_SECONDS
+        while not change.done.wait(RETRY_SECONDS / 10):
+            if self.closing.is_set() or time.monotonic() > deadline:
+                change.done.set()  # from now on the recorder passes it over
+        if self._accounts.get(key) is not account:
+            raise ProtocolError("The database cannot be written for now.")
 
-    def is_password(self, account: _Account, password: bytes) -> bool:
-        """Compare in constant time."""
-        return secrets.compare_digest(account.hash, self._hash(password, account))
+    def is_password(
+        self, account: _Account, password: bytes, given_up: Callable[[], bool]
+    ) -> bool:
+        """Compare in constant time.  given_up: tells whether nobody waits for it."""
+        computed = self._hash(password, account, given_up)
+        return secrets.compare_digest(account.hash, computed)
 
-    def _hash(self, password: bytes, account: _Account) -> bytes:
-        """Return a scrypt hash; raises ProtocolError if the server shuts down first."""
-        while not self._hashing.acquire(timeout=RETRY_SECONDS):
-            if self.closing.is_set():
-                raise ProtocolError("Server is shutting down.")
+    def _hash(
+        self, password: bytes, account: _Account, given_up: Callable[[], bool]
+    ) -> bytes:
+        """Return a scrypt hash.  Raises ProtocolError if it was given up, or at the end."""
+        while not self._hashing.acquire(timeout=RETRY_SECONDS / 10):
+            if self.closing.is_set() or given_up():
+                raise ProtocolError("There was no time for the password.")
         try:
             return hashlib.scrypt(
                 password, salt=account.salt, n=account.n, r=account.r, p=account.p
@@ -1613,6 +1703,7 @@ def main() -> int:
     try:
         server.serve()
     finally:
+        signal.set_wakeup_fd(-1)
         if database:
             database.close(LAST_LINES_SECONDS)
         terminal.close(LAST_LINES_SECONDS)

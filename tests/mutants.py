@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
-MODULES = ("protocol.py", "server.py", "client.py")
+MODULES = ("protocol.py", "server.py", "client.py", "console.py")
 AT_ONCE = 2
 TEST_SECONDS = 15  # for one test
 NAMED_SECONDS = 75.0  # for the tests that a mutant names, then they are killed
@@ -66,92 +66,70 @@ PROTOCOL_MUTANTS = r"""
 line-limit-one-less: test_a_line_up_to_the_limit_is_good
 - if len(line) > MAX_LINE_BYTES:
 + if len(line) >= MAX_LINE_BYTES:
-
 line-limit-one-more: test_a_line_above_the_limit_is_refused
 - if len(line) > MAX_LINE_BYTES:
 + if len(line) > MAX_LINE_BYTES + 1:
-
 unfinished-line-limit-one-less: test_a_line_too_long_is_reported_before_its_newline_comes
 - > self._max_bytes:
 + >= self._max_bytes:
-
 unfinished-line-limit-one-more: test_a_line_too_long_is_reported_before_its_newline_comes
 - > self._max_bytes:
 + > self._max_bytes + 1:
-
 endless-line-kept: test_the_splitter_keeps_little_of_an_endless_line
 -         if self._skipping:
 +         if self._skipping:
 +             self.__dict__.setdefault('kept', []).append(chunk + b'.')
-
 bad-bytes-replaced: test_a_line_that_is_not_utf8_is_refused
 - clean(line.decode(ENCODING))
 + clean(line.decode(ENCODING, "replace"))
-
 splitlines: test_only_a_newline_ends_a_line
 - .replace(b"\r\n", b"\n").split(b"\n")
 + .__add__(b'.').splitlines()
 +         lines[-1] = lines[-1][:-1]
-
 carriage-return-kept: test_the_end_of_a_line_does_not_count_towards_its_length
 - .replace(b"\r\n", b"\n")
-
 bidi-controls-pass: test_what_drives_a_terminal_or_reorders_text_is_replaced
 - \u202a-\u202e\u2066-\u2069
-
 c1-controls-pass: test_what_drives_a_terminal_or_reorders_text_is_replaced
 - \x7f-\x9f
 + \x7f
-
 tab-not-expanded: test_a_tab_becomes_four_spaces
 - text.replace("\t", "    ")
 + text
-
 blank-lines-pass: test_a_blank_line_has_no_text
 - return "" if text.isspace() else text
 + return text
-
 names-compared-with-case: test_names_that_differ_in_case_or_width_are_one
 - name = unicodedata.normalize("NFKC", name.casefold())
 + name = unicodedata.normalize("NFKC", name)
-
 names-compared-without-nfkc: test_names_that_differ_in_case_or_width_are_one
 - name = unicodedata.normalize("NFKC", name.casefold())
 + name = name.casefold()
-
 names-folded-once: test_the_key_of_a_key_is_itself
 - for _ in range(2):
 + for _ in range(1):
-
 names-shown-without-nfkc: test_a_name_is_trimmed_and_brought_to_nfkc
 - name = unicodedata.normalize("NFKC", text.strip())
 + name = text.strip()
-
 reserved-names-allowed: test_a_reserved_name_is_refused
 - if name_key(name) in RESERVED_NAMES:
 + if False:
-
 reserved-names-in-capitals-allowed: test_a_reserved_name_is_refused
 - if name_key(name) in RESERVED_NAMES:
 + if name in RESERVED_NAMES:
-
 scripts-mixed: test_a_name_does_not_mix_scripts_that_look_alike
 - & _LOOKALIKE_SCRIPTS) > 1:
 + & _LOOKALIKE_SCRIPTS) > 2:
-
 server-not-cleaned: test_line_from_the_server_is_cleaned_before_it_is_shown
 - return clean(line.decode(ENCODING, "replace"))
 + return line.decode(ENCODING, "replace")
-
 shown-line-not-cut: test_line_from_the_server_is_cut_at_32_kibibytes
 - if len(line) <= MAX_SHOWN_BYTES:
 + if True:
-
 command-in-capitals-unknown: test_who_lists_all
 - return command.lower(), rest.lstrip()
 + return command, rest.lstrip()
 """
-
 SERVER_MUTANTS = r"""
 port-not-reused: test_a_signal_ends_the_server_in_order
 - listener = socket.create_server(
@@ -160,108 +138,82 @@ port-not-reused: test_a_signal_ends_the_server_in_order
 + listener = socket.socket(family)
 +             listener.bind(address)
 +             listener.listen(LISTEN_BACKLOG)
-
 interrupted-with-a-traceback: test_an_interrupt_while_python_still_imports
--     signal.signal(signal.SIGINT, signal.SIG_DFL)
--     if sys.version_info
-+     if sys.version_info
-
+-     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
++     pass
 older-python-not-told: test_an_older_python_is_told_what_is_needed
 - if sys.version_info < (3, 11):
 + if False:
-
 odd-host-name-with-a-traceback: test_an_unknown_host_is_explained_in_one_line
 - except (OSError, UnicodeError) as error:
 + except OSError as error:
-
 few-descriptors-with-a-traceback: test_too_few_descriptors_to_listen_are_explained
 - except (OSError, UnicodeError) as error:
 + except (socket.gaierror, UnicodeError) as error:
-
 stdout-must-be-there: test_the_server_runs_without_a_stdout
 - sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
 + sys.stdout.fileno()
-
 no-pause-without-descriptors: test_out_of_descriptors_the_server_serves_those_inside_and_does_not_spin
 - ACCEPT_PAUSE_SECONDS = 0.1
 + ACCEPT_PAUSE_SECONDS = 0
-
 open-file-limit-not-raised: test_the_server_raises_its_own_limit_of_open_files
 - needed = clients + SPARE_DESCRIPTORS
 + needed = 0
-
 lack-ends-the-server: test_a_lack_or_an_abort_that_accept_tells_of
 - if error.errno in EXHAUSTED:
 + if False:
-
 abort-ends-the-server: test_a_lack_or_an_abort_that_accept_tells_of
 - elif error.errno not in GONE_AGAIN:
 + else:
-
 any-accept-error-passed-over: test_an_exception_in_accepting_ends_the_server_in_order
 - elif error.errno not in GONE_AGAIN:
 + elif False:
-
 address-must-be-there: test_a_connection_without_an_address_is_passed_over
 - if not address:
 + if False:
-
 no-thread-left-ends-the-server: test_out_of_threads_the_server_serves_those_inside
 - except RuntimeError as error:  # the system
 + except KeyError as error:  # the system
-
 thread-for-each-turned-away: test_those_turned_away_cost_no_thread
 -             self._turn_away(client, "please try again later")
 +             args = (client, "please try again later")
 +             threading.Thread(target=self._turn_away, args=args).start()
 +             threading.Timer(1, print).start()
-
 full-room-refuses: test_those_who_have_waited_longest_make_room_in_a_full_chat
 - oldest = next(iter(self._unjoined), None)
 + oldest = None
-
 newest-makes-room: test_those_who_have_waited_longest_make_room_in_a_full_chat
 - oldest = next(iter(self._unjoined), None)
 + oldest = next(reversed(self._unjoined), None)
-
 one-client-too-many: test_members_up_to_the_limit_join_and_the_next_one_is_refused
 - len(self._unjoined) >= self._max_clients:
 + len(self._unjoined) > self._max_clients:
-
 silence-never-ends: test_who_has_not_joined_in_time_is_told_so_and_closed
 - self.join_by = time.monotonic() + JOIN_SECONDS
 + self.join_by = FOREVER
-
 busy-stranger-stays: test_who_has_not_joined_in_time_is_closed_though_it_keeps_sending
 -                 if client.dropped or (lines and client.is_read_out()):
 +                 if lines and client.is_read_out():
-
 sixth-name-heard: test_after_five_refused_names_the_connection_is_closed
 - MAX_NAMES_TRIED = 5
 + MAX_NAMES_TRIED = 6
-
 fifth-name-not-heard: test_up_to_the_fifth_name_may_be_the_good_one
 - MAX_NAMES_TRIED = 5
 + MAX_NAMES_TRIED = 4
-
 last-try-not-told: test_after_five_refused_names_the_connection_is_closed
 - reason += f" ({tried} of {tried} tries on this connection)"
 + pass
-
 every-try-told: test_up_to_the_fifth_name_may_be_the_good_one
 -                 if tried == MAX_NAMES_TRIED:
 -                     reason +=
 +                 if True:
 +                     reason +=
-
 welcome-names-too-many: test_the_welcome_names_twenty_people_and_how_many_more
 - MAX_NAMES_LISTED = 20
 + MAX_NAMES_LISTED = 21
-
 taken-name-by-its-letters: test_a_name_that_differs_in_case_or_width_is_taken
 - if key in self._owners:
 + if name in self.clients:
-
 name-checked-outside-lock: test_one_of_fifty_claims_of_a_name_at_one_moment_wins
 -             if key in self._owners:
 -                 raise ProtocolError(f"The name {name} is taken.")
@@ -270,23 +222,18 @@ name-checked-outside-lock: test_one_of_fifty_claims_of_a_name_at_one_moment_wins
 +             raise ProtocolError(f"The name {name} is taken.")
 +         time.sleep(0.01)
 +         with self._lock:
-
 newcomer-hears-the-past: test_everybody_sees_what_follows or test_all_members_see_one_order
 - client.place = start
 + client.place = self._end - len(self._stream)
-
-newcomer-misses-what-came-with-it: test_all_members_see_one_order or test_visitors or test_everybody_sees
+newcomer-misses-what-came-with-it: test_all_members_see_one_order
 - self._give_turns(members[first : first + group])
 + [setattr(m, "place", self._end) for m in self._members if not m.spots]
-
 author-hears-itself: test_a_message_goes_to_every_member_but_its_sender
 - self._submit(_Entry(sender, message), told, texts)
 + self._submit(_Entry(sender, message, message), told, texts)
-
 outbox-backwards: test_all_members_see_one_order or test_everybody_sees
 - entries, self._entries, self._bytes = self._entries, [], 0
 + entries, self._entries, self._bytes = self._entries[::-1], [], 0
-
 terminal-told-outside-the-lock: test_the_terminal_has_the_order_of_the_room
 -         if told:
 -             self._tell(told)
@@ -294,121 +241,92 @@ terminal-told-outside-the-lock: test_the_terminal_has_the_order_of_the_room
 +         if told:
 +             threading.Timer(0.001, self._tell, [told]).start()
 +         self._entries.append(entry)
-
 refused-after-shutdown-is-told: test_all_that_was_told_arrives_before_the_shutdown
 - if has_room and here:
 + if self._tell(told) or (has_room and here):
-
 send-blocks: test_a_slow_reader_is_dropped_and_others_keep_receiving
 - sent = member.send(data, MSG_DONTWAIT) if data else 0
 + sent = member.send(data, 0) if data else 0
-
 rest-of-a-send-forgotten: test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once
 -                 member.place += sent
 +                 member.place += len(data) if sent else 0
-
 members-share-a-wrong-block: test_messages_that_a_socket_takes_in_pieces_arrive or test_a_slow_reader_that_speaks
 - if member.place != place:
 + if not block:
-
 sent-part-of-a-face-sent-again: test_a_slow_reader_that_speaks or test_refusals_that_have_been_read
 - member.spots[0] = start, end, face[taken:]
 + member.spots[0] = start, end, face
-
 spot-in-the-wrong-place: test_a_slow_reader_that_speaks_sees_all_but_its_own_lines
 -             sent -= size
 -             member.place = end
 +             sent -= size
 +             member.place = start
-
 neighbouring-spots-lost: test_a_slow_reader_that_speaks or test_refusals or test_everybody_sees
 - == start and not face:
 + == start:
-
 slow-reader-not-watched: test_a_slow_reader_that_speaks or test_messages_that_a_socket
 - self._writable.register(member.socket, selectors.EVENT_WRITE, member)
 + self._writable.register(member.socket, selectors.EVENT_READ, member)
-
-slow-reader-watched-for-ever: test_messages_that_a_socket_takes_in_pieces or test_an_idle_server_uses_no_cpu or test_once_read
+slow-reader-watched-for-ever: test_a_slow_reader_that_has_caught_up_costs_no_cpu
 -             if self._slow.pop(member, member) is None:
 -                 self._writable.unregister(member.socket)
 +             pass
-
-second-look-not-passed-on: test_all_members_see_one_order or test_everybody_sees or test_every_second_look
+second-look-not-passed-on: test_all_members_see_one_order
 - self._pass_again = self._take_in()
 + self._take_in()
-
-stream-not-forgotten: test_what_waits_costs_little_more_than_its_bytes or test_a_busy_room
+stream-not-forgotten: test_what_all_have_read_costs_no_memory
 - del self._stream[: place - self._end + len(self._stream)]
 + pass
-
 stream-forgotten-too-early: test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once
 - del self._stream[: place - self._end + len(self._stream)]
 + del self._stream[: self._passed - self._end + len(self._stream)]
-
 unsent-copied: test_a_thousand_stalled_members_share_what_waits_for_them
-- if member.place != self._end or member.spots or member in self._slow:
-+ if member in self._slow:
-+                 # A part of each is enough to notice, and spares the machine gigabytes.
-+                 member.__dict__.setdefault("copies", []).append(bytes(100))
-+             if member.place != self._end or member.spots or member in self._slow:
-
+-             start = self._end
++             start = self._end
++             for member in self._slow:  # a part of each is enough to notice
++                 member.__dict__.setdefault("copies", []).append(to_others[:100] + b".")
 unsent-unlimited: test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it
 - if unsent > MAX_UNSENT_BYTES:
 + if False:
-
 unsent-limit-one-less: test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it
 - if unsent > MAX_UNSENT_BYTES:
 + if unsent >= MAX_UNSENT_BYTES:
-
 unsent-limit-one-more: test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it
 - if unsent > MAX_UNSENT_BYTES:
 + if unsent > MAX_UNSENT_BYTES + 1:
-
 refusals-wait-without-limit: test_refusals_that_their_author_does_not_read_are_bounded
 - unsent = self._end - member.place + member.spot_bytes
 + unsent = self._end - member.place
-
 read-refusals-counted: test_refusals_that_have_been_read_do_not_count
 -             member.spot_bytes -= ENTRY_BYTES + len(face)
 +             pass
-
 no-back-pressure: test_who_reads_four_megabytes_a_second_stays_however_fast_others_write
 - FULL_PASS_SECONDS = 0.08
 + FULL_PASS_SECONDS = 0
-
 back-pressure-too-hard: test_a_trickle_reader_delays_nobody
 - FULL_PASS_SECONDS = 0.08
 + FULL_PASS_SECONDS = 0.8
-
 outbox-unlimited: test_who_reads_four_megabytes_a_second_stays_however_fast_others_write
 - while self._entries and self._bytes + size > limit and not self.closed.is_set():
 + while False:
-
 rate-ignored: test_a_line_above_the_burst_is_read_later_and_not_lost
 - if not self._per_second:
 + if True:
-
 burst-one-less: test_a_burst_up_to_ten_seconds_worth_arrives_at_once
 - int(self._lines)
 + int(self._lines - 1)
-
 burst-one-more: test_a_line_above_the_burst_is_read_later_and_not_lost
 - int(self._lines)
 + int(self._lines + 1)
-
 leaving-announced-twice: test_a_leaving_is_announced_once_and_the_name_is_free
 - _Entry(client, left, leaves=True)
 + _Entry(client, left * 2, leaves=True)
-
 leaving-never-announced: test_a_leaving_is_announced_once_and_the_name_is_free
 - _Entry(client, left, leaves=True)
 + _Entry(client, b"", leaves=True)
-
 name-stays-taken: test_a_leaving_is_announced_once_and_the_name_is_free
 - del self._owners[protocol.name_key(client.name)]
 + pass
-
 connections-not-forgotten: test_faults
 -             del self._connections[client.socket]
 - 
@@ -416,126 +334,107 @@ connections-not-forgotten: test_faults
 +             pass
 + 
 + 
-
 removed-twice: test_removing_a_client_again_spares_the_next_owner_of_its_name
 - if self.clients.get(client.name) is not client_socket:
 + if not client.name:
-
 ghosts-stay: test_the_flood_of_one_that_is_gone_keeps_neither_its_name_nor_its_place
 - return time.monotonic() > self.read_until
 + return False
-
 ghosts-not-noticed: test_the_flood_of_one_that_is_gone_keeps_neither_its_name_nor_its_place
 - self.lose(os.strerror(errno.ECONNRESET))
 + pass
-
 gone-at-once: test_the_flood_of_one_that_is_gone_is_read_for_that_long
 - return time.monotonic() > self.read_until
 + return bool(self.lost)
-
 write-error-discards-input: test_what_was_sent_before_closing_is_delivered_though_writing_fails
 -                 member.lose(error.strerror or str(error))
 +                 member.lose("")
 +                 member.dropped = error.strerror or str(error)
-
 closed-with-input-unread: test_who_leaves_reads_its_replies_though_it_sent_more
 -         _shut(client_socket, socket.SHUT_WR)
 -         client_socket.setblocking(False)
 +         client_socket.close()
 +         return
-
 last-send-not-awaited: test_who_leaves_still_receives_what_was_said_before
 - if not client.released.wait(LINGER_SECONDS):
 + if False:
 +             pass
 +         if False:
-
 bug-in-reading-ends-all: test_an_exception_in_reading_ends_that_one_connection
 - except Exception:  # noqa: BLE001
 + except KeyError:
-
 bug-in-reading-untold: test_an_exception_in_reading_ends_that_one_connection
 -             traceback.print_exc()  # a bug
 +             pass  # a bug
-
 bug-in-sending-hangs-the-server: test_an_exception_in_sending
 -         self.ended.set()
 -         self._on_end()
 +         self.ended.set()
-
 bug-in-sending-hangs-the-handlers: test_an_exception_in_sending
--         with self._outbox.lock:
--             self._outbox.close()
--         for member
-+         for member
-
+-             for client in self._connections.values():
+-                 if client.released:
+-                     client.released.set()
+-         self.stop()
++             pass
++         self.stop()
+shutdown-outlasts-the-last-client: test_a_shutdown_is_over_once_all_clients_have_hung_up
+-             if (seconds := deadline - time.monotonic()) <= 0:
+-                 break
++             seconds = deadline - time.monotonic()
++             if seconds <= 0:
++                 break
++             time.sleep(seconds)
 bug-ends-with-status-0: test_an_exception_in_sending
 - return 1 if bugs else 0
 + return 0
-
 no-last-notice: test_a_signal_ends_the_server_in_order
 - self._outbox.append(_Entry(None, notice))
 + pass
-
 second-signal-ignored: test_a_second_interrupt_ends_the_server_at_once
 -         signal.signal(signal.SIGINT, signal.SIG_DFL)
 -         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 +         pass
-
 shutdown-waits-for-all: test_a_stalled_member_does_not_hold_up_the_shutdown
 - self._broadcaster.give_up_at = deadline
 + self._broadcaster.give_up_at = deadline + 60
-
 throttle-outlasts-shutdown: test_a_shutdown_wakes_one_who_sends_too_fast
 - elif closed.wait(THROTTLE_PAUSE_SECONDS):
 + elif time.sleep(3) or closed.is_set():
-
 left-out-not-counted: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - self._left_out += size
 + pass
-
 recorder-unbounded: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - if self._unwritten + size > MAX_UNWRITTEN:
 + if False:
-
 recorder-one-less: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - + size > MAX_UNWRITTEN:
 + + size >= MAX_UNWRITTEN:
-
 times-before-the-first-line-only: test_times_puts_date_and_time_before_each_line
 - now + lines.replace("\n", f"\n{now}")
 + now + lines
-
 unknown-command-said-to-all: test_an_unknown_command_tells_the_room_nothing
 - if command not in self._commands:
 + if command not in self._commands and not self._say(client, [command]):
-
 who-names-too-many-in-a-line: test_who_names_at_most_twenty_in_a_line
 -         places = range(0, len(names), MAX_NAMES_LISTED)
 -         rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for
 +         places = range(0, len(names), MAX_NAMES_LISTED + 1)
 +         rows = [", ".join(names[first : first + MAX_NAMES_LISTED + 1]) for
-
 private-message-for-all: test_a_private_message_reaches_one_member_alone
 - self._submit(_Entry(recipient, b"", line), told)
 + self._submit(_Entry(recipient, line, line), told)
-
 private-name-by-its-letters: test_a_private_message_reaches_one_member_alone
 - self._owners.get(protocol.name_key(name))
 + self._owners.get(name)
-
 private-message-lost-at-leaving: test_a_private_message_to_one_that_leaves or test_everybody_sees
 - here = not client.released
 + here = True
-
 secret-on-the-terminal: test_the_terminal_says_that_there_was_a_private_message
 - told = f"Private message from {client.name} to {recipient.name}"
 + told = f"Private message from {client.name} to {recipient.name}: {text}"
-
-quiet-tells-of-private-messages: test_quiet_leaves_out_private_messages
+quiet-tells-of-private-messages: test_the_terminal_says_that_there_was_a_private
 - if recipient and self._tell_messages:
 + if recipient:
-
 batch-said-after-its-commands: test_what_two_say_to_each_other_and_to_the_room_keeps_its_order
 -                         self._say(client, said)
 -                         self._obey
@@ -547,73 +446,56 @@ main-thread-not-nudged: test_killed_server_is_told_within_a_second
 -             self._end = end
 -             self._terminal.nudge()
 +             self._end = end
-
 full-server-not-noticed: test_full_server_says_so_once_1_was_chosen
 - self._full = line  # which
 + pass  # which
-
 no-reconnect: test_connection_that_ended_at_the_menu_is_made_again
 -                 self._connect(LEAVE_SECONDS)
 +                 raise OSError("no")
-
 no-look-at-the-menu: test_server_that_cannot_be_reached_again_from_the_menu
 -             self._status = 1  # until it is in
 -         self._check_connection()
 +             self._status = 1  # until it is in
-
 any-line-is-the-answer: test_line_before_the_answer_to_the_name
 -             elif line.mark:
 +             elif self._awaits_answer:
-
 endless-line-not-shown: test_beginning_of_an_endless_line_is_shown_before_its_end
 - protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
 + protocol.LineSplitter(1 << 30)
-
 closes-before-the-server: test_piped_client_stays_until_the_server_has_had_its_say
 - for_ever = patient and
 + for_ever = False and
-
 hanging-server-waited-for-for-ever: test_server_that_hangs_holds_up_the_leaving
 - self._hangs = not 0 < unread < before
 + self._hangs = False
-
 sending-not-watched: test_leaving_in_the_middle_of_a_paste
 - self._terminal.wait(is_sent, self._socket, patient=True)
 + bool([time.sleep(0.01) for _ in iter(is_sent, True)] * 0 + [1])
-
 answer-not-watched: test_leaving_a_server_that_does_not_answer or test_pipe_that_ends_before
 -             if seconds <= 0:
 +             if seconds <= 0 and writable:
-
 ends-when-the-connection-is-lost: test_half_typed_line_is_typed_on_after
 - if not self._terminal.person:  # nobody is
 + if True:  # nobody is
-
 pipe-stays-when-the-connection-is-lost: test_piped_client_ends_by_itself_when_the_server_does
 - if not self._terminal.person:  # nobody is
 + if False:  # nobody is
-
 name-not-offered: test_half_typed_line_is_typed_on_after
 - or self._name:
 + :
-
 half-typed-line-lost: test_half_typed_line_is_typed_on_after
 -                 self.draft = (self._text, self._place)
 +                 pass
-
 loss-forgotten-by-the-status: test_killed_server_is_told_within_a_second
 -                 self._status = 1
 -                 if not
 +                 if not
-
 status-of-a-loss-kept-after-joining: test_half_typed_line_is_typed_on_after
 - self._status, self._name = 0, name
 + self._name = name
-
 pipe-that-never-got-in-succeeds: test_pipe_that_leaves_before_the_chat or test_pipe_whose_names
 -             self._status = 1  # until it is in
 +             pass
-
 bug-in-the-receiver-not-told: test_bug_in_the_receiver
 -         except OSError as error:
 -             end = _reason(error)
@@ -621,181 +503,144 @@ bug-in-the-receiver-not-told: test_bug_in_the_receiver
 +         except Exception as error:
 +             end = _reason(error)
 +         finally:
-
 password-sent-as-a-name: test_password_is_never_sent_on_a_new_connection
 - None if password is None else self._exchange(password)
 + None if password is None else self._send_name(password)
-
 password-shown: test_password_in_the_chat or test_password_in_a_pipe
 - PASSWORD = "Password: "
 + MESSAGE = PASSWORD = "Password: "
-
 question-not-waited-for: test_password_in_a_pipe
 - if protocol.split_command(text)[0] in SECRET_COMMANDS:
 + if False:
-
 pasted-q-without-blank: test_pasted_q_is_text
 -                 answer += " "
 +                 answer += ""
-
 interrupt-while-importing-told: test_ctrl_c_while_python_imports
 -     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 +     pass
-
 old-python-not-told: test_old_python_is_one_line
 - if sys.version_info < (3, 11):
 + if False:
-
 missing-streams-not-filled: test_stream_without_a_descriptor
 -     _fill_standard_streams()
 - 
-
 escapes-on-a-dumb-terminal: test_dumb_terminal_gets_plain_lines
 -  or os.environ.get("TERM") == "dumb"
-
 ctrl-c-status-wrong: test_interrupted_piped_client_leaves_with_status_130
 - INTERRUPTED = 130
 + INTERRUPTED = 1
+rest-of-the-sentence-left-for-the-menu: test_rest_of_the_sentence_is_no_answer_to_the_menu
+-                 self._terminal.forget_typed()
+- 
+"""
 
+CONSOLE_MUTANTS = r"""
 cursor-jumps-to-the-end: test_lines_of_others_appear_above
 -             self._draw(text)
 +             self._place = len(self._text)
 +             self._draw(text)
-
 full-row-misdrawn: test_lines_of_others_appear_above
 - " \r" if end_row
 + "" if end_row
-
 wide-as-narrow: test_lines_of_others_appear_above
 - return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 + return 1
-
 combining-as-a-cell: test_lines_of_others_appear_above
 - ("Mn", "Me", "Cf")
 + ("Me", "Cf")
-
 joined-emoji-counted-apart: test_joined_emoji_in_the_line
 - if width and place and text[place - 1] == _JOINER:
 + if False:
-
 all-of-a-huge-line-drawn: test_huge_pasted_line
 -     before, after = before[start:], after[:near]
 - 
-
 colours-in-spite-of-no-color: test_no_color_means_no_colours
 - not os.environ.get("NO_COLOR")
 + True
-
 private-like-public: test_private_message_looks_unlike
 -         if line.private:
 -             return
 +         if False:
 +             return
-
 own-name-like-any-word: test_own_name_is_bold or test_bell
 - rf"(?<!\w){re.escape(name)}(?!\w)"
 + re.escape(name)
-
 times-left-out: test_times_stand_before
 - time.strftime("%H:%M ") if self._options.times else ""
 + ""
-
 window-size-not-followed: test_change_of_the_windows_size_keeps_what_was_typed
 - for number in signal.SIGWINCH, signal
 + for number in signal
-
 history-with-all-answers: test_menu_answers_and_names_are_not or test_password
 - if answer and answer.strip() and prompt == MESSAGE:
 + if answer:
-
 words-end-inside-a-character: test_editing_keys
 -             place = further
 +             place += by
-
 long-paste-not-asked-about: test_long_paste_is_sent
 -             if len(self._pasted) > MAX_PASTED_LINES:
 +             if False:
-
 no-means-yes: test_no_to_a_long_paste
 - in ("y", "yes")
 + in ("y", "yes", "")
-
 pasted-q-leaves: test_pasted_q_is_text
 -             if answer and _is_quit(answer):
 +             if answer and _is_quit(answer):
 +                 return None
-
 paste-never-ends: test_paste_without_an_end_is_taken
 - if self._keys.pasting and silent:
 + if False:
-
 paste-not-cleaned: test_control_characters_in_a_paste
 - first, *more = map(protocol.clean, 
 + first, *more = map(str, 
-
 brackets-left-on: test_leaving_at_a_terminal
 - _BRACKETS_ON if off else _BRACKETS_OFF
 + _BRACKETS_ON
-
 typed-ahead-left-for-the-shell: test_what_is_typed_ahead
 -         self.forget_typed()
 -         self._set_modes()
 +         self._set_modes()
-
 rest-of-a-paste-left-for-the-shell: test_paste_that_goes_on_after_the_end
 - PASTE_SECONDS if self._keys.pasting else QUIET_SECONDS
 + QUIET_SECONDS
-
-rest-of-the-sentence-left-for-the-menu: test_rest_of_the_sentence_is_no_answer_to_the_menu
--                 self._terminal.forget_typed()
-- 
-
 modes-not-restored: test_leaving_at_a_terminal
 -         self._restore()
 -         signal.set_wakeup
 +         signal.set_wakeup
-
 modes-not-restored-by-second-ctrl-c: test_second_ctrl_c_ends_a_leaving or twice
 -             self._restore()
 -             os._exit
 +             os._exit
-
 termination-not-noticed: test_terminal_is_left_sane
 - for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT:
 + for number in ():
-
 tab-only-once: test_tab_completes
 - self._fitting = cycle(names)
 + self._fitting = iter([names[0]] * 9)
-
 prompts-not-echoed: test_piped_session_reads_like_one_at_a_terminal
 - self.show(self._prompt + text * shown)
 + pass
-
 prompts-before-the-answer: test_prompt_in_a_pipe_appears_only_with_its_answer
 -         if self.person:
 -             self._write(self._prompt)
 +         self._write(self._prompt)
-
 prompt-after-the-answer-with-tee: test_prompt_goes_out_before
 - self.person = os.isatty(keyboard)
 + self.person = os.isatty(keyboard) and os.isatty(screen)
-
 last-line-lost: test_last_piped_line_without_newline_counts
 - chunk or b"\n".removeprefix(self._last)
 + chunk
 """
 
 
-def parse(file: str, mutants: str) -> list[Mutant]:
+def parse(file: str, text: str) -> list[Mutant]:
     """Return the mutants of a module."""
     parsed = []
-    for text in mutants.strip().split("\n\n"):
-        head, *lines = text.split("\n")
+    for mutant in re.split(r"\n(?![-+])", text.strip("\n")):
+        head, *lines = mutant.split("\n")
         name, _, tests = head.partition(": ")
         old, new = (
-            "\n".join([line[2:] for line in lines if line.startswith(sign)])
-            for sign in "-+"
+            "\n".join([line[2:] for line in lines if line[0] == sign]) for sign in "-+"
         )
         parsed.append(Mutant(name, file, old, new, tests))
     return parsed
@@ -805,6 +650,7 @@ MUTANTS = [
     *parse("protocol.py", PROTOCOL_MUTANTS),
     *parse("server.py", SERVER_MUTANTS),
     *parse("client.py", CLIENT_MUTANTS),
+    *parse("console.py", CONSOLE_MUTANTS),
 ]
 
 

@@ -18,7 +18,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import pytest
@@ -34,7 +33,7 @@ from helpers import (
     left,
     needs_proc,
     wait_until,
-)
+)  # fmt: skip
 from proxy import Proxy
 
 import server
@@ -142,80 +141,36 @@ def test_what_was_whole_arrives_wherever_the_connection_is_cut(
         assert bob.lines(len(expected)) == expected
 
 
-def end_with_q(proxy: Proxy) -> None:
-    proxy.peer.say("q")
+def in_turn(*calls: Callable[[Proxy], object]) -> Callable[[Proxy], None]:
+    """Return what does one after the other."""
+
+    def call(proxy: Proxy) -> None:
+        for each in calls:
+            each(proxy)
+
+    return call
 
 
-def end_with_fin(proxy: Proxy) -> None:
-    proxy.peer.close()
-
-
-def end_with_half_close(proxy: Proxy) -> None:
-    proxy.peer.half_close()
-
-
-def end_with_reset(proxy: Proxy) -> None:
-    proxy.reset()
-
-
-def end_with_peer_reset(proxy: Proxy) -> None:
-    proxy.peer.reset()
-
-
-def end_with_cut_line(proxy: Proxy) -> None:
-    proxy.cut(proxy.up, 6)
-    proxy.peer.say("half a line")
-
-
-def end_with_reset_line(proxy: Proxy) -> None:
-    proxy.peer.send("half a li")
-    proxy.reset()
-
-
-def end_with_half_a_character(proxy: Proxy) -> None:
-    proxy.peer.send(b"caf\xc3")
-    proxy.peer.half_close()
-
-
-def end_too_long(proxy: Proxy) -> None:
-    proxy.peer.send(b"x" * 10_000)
-    proxy.peer.close()
-
-
-every_ending = pytest.mark.parametrize(
-    "end",
-    [
-        end_with_q,
-        end_with_fin,
-        end_with_half_close,
-        end_with_reset,
-        end_with_peer_reset,
-        end_with_cut_line,
-        end_with_reset_line,
-        end_with_half_a_character,
-        end_too_long,
-    ],
-    ids=lambda end: end.__name__,
-)
-
-
-@every_ending
-def test_a_leaving_is_announced_once_and_the_name_is_free_however_it_happens(
-    room: Room, start_proxy: StartProxy, end: Callable[[Proxy], None]
-) -> None:
-    alex, bob = room.members("Alex", "Bob")
-
-    for _ in range(5):
-        proxy = start_proxy(room)
-        proxy.peer.join("Carol")
-        proxy.peer.say("the last line")
-        assert alex.lines(2) == [joined("Carol"), "Carol: the last line"]
-        end(proxy)
-
-        assert alex.line() == left("Carol")
-        assert bob.lines(3) == [joined("Carol"), "Carol: the last line", left("Carol")]
-    assert_next(alex, bob)
-    assert_next(bob, alex)
+ENDS: dict[str, Callable[[Proxy], object]] = {
+    "q": lambda proxy: proxy.peer.say("q"),
+    "Q and more": lambda proxy: proxy.peer.send("Q\r\nq\nmore\n"),
+    "FIN": lambda proxy: proxy.peer.close(),
+    "half-close": lambda proxy: proxy.peer.half_close(),
+    "RST": lambda proxy: proxy.reset(),
+    "RST of the peer": lambda proxy: proxy.peer.reset(),
+    "a line cut": in_turn(
+        lambda proxy: proxy.cut(proxy.up, 6),
+        lambda proxy: proxy.peer.say("half a line"),
+    ),
+    "a line and RST": in_turn(lambda proxy: proxy.peer.send("half a li"), Proxy.reset),
+    "half a character": in_turn(
+        lambda proxy: proxy.peer.send(b"caf\xc3"), lambda proxy: proxy.peer.half_close()
+    ),
+    "too long": in_turn(
+        lambda proxy: proxy.peer.send(b"x" * 10_000), lambda proxy: proxy.peer.close()
+    ),
+}
+every_ending = pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 
 
 def say_more_than_a_socket_takes(speaker: Peer, reader: Peer) -> None:
@@ -225,21 +180,29 @@ def say_more_than_a_socket_takes(speaker: Peer, reader: Peer) -> None:
         reader.line()
 
 
+@pytest.mark.parametrize("lines_wait", [False, True], ids=["", "lines wait for it"])
 @every_ending
-def test_a_member_that_ends_while_lines_wait_for_it_leaves_once(
-    start_room: StartRoom, start_proxy: StartProxy, end: Callable[[Proxy], None]
+def test_a_leaving_is_announced_once_and_the_name_is_free_however_it_happens(
+    start_room: StartRoom,
+    start_proxy: StartProxy,
+    end: Callable[[Proxy], None],
+    lines_wait: bool,
 ) -> None:
     room = start_room(small_buffers=True, lines_per_second=0)
     alex, bob = room.members("Alex", "Bob")
-    proxy = start_proxy(room, receive_buffer=SMALL_BUFFER)
-    proxy.peer.join("Carol")
-    assert [alex.line(), bob.line()] == [joined("Carol")] * 2
-    proxy.stall(proxy.down)
-    say_more_than_a_socket_takes(alex, bob)
 
-    end(proxy)
+    for _ in range(3):
+        proxy = start_proxy(room, receive_buffer=SMALL_BUFFER)
+        proxy.peer.join("Carol")
+        assert alex.line() == bob.line() == joined("Carol")
+        if lines_wait:
+            proxy.stall(proxy.down)
+            say_more_than_a_socket_takes(alex, bob)
+        proxy.peer.say("the last line")
+        assert alex.line() == bob.line() == "Carol: the last line"
+        end(proxy)
 
-    assert [alex.line(), bob.line()] == [left("Carol")] * 2
+        assert alex.line() == bob.line() == left("Carol")
     assert_next(alex, bob)
     assert_next(bob, alex)
 
@@ -262,145 +225,6 @@ def test_a_member_reset_while_lines_wait_for_it_is_heard_to_its_last_whole_line(
     proxy.reset()
 
     assert bob.until(left("Carol")) == [f"Carol: {i}" for i in range(500)]
-
-
-# --- races: unlucky moments ---------------------------------------------------------
-
-ENDINGS: list[Callable[[Peer], object]] = [
-    lambda peer: peer.say("q"),
-    lambda peer: peer.send("half a line"),
-    Peer.half_close,
-    Peer.reset,
-    Peer.close,
-]
-
-
-def end_somehow(peer: Peer, chance: random.Random) -> None:
-    """Leave in one of many ways."""
-    chance.choice(ENDINGS)(peer)
-    peer.close()
-
-
-def in_threads(*calls: Callable[[], object]) -> None:
-    """Call all of these at one time, and wait until they have returned."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        for future in [pool.submit(call) for call in calls]:
-            future.result(HANG_SECONDS)
-
-
-def test_a_name_that_many_fight_for_has_one_owner_at_a_time(room: Room) -> None:
-    """Six claim it again and again, in three spellings, and leave at once."""
-    (watcher,) = room.members("Watcher")
-    spellings = ["Alex", "ALEX", "ａｌｅｘ"]
-    together = threading.Barrier(6)
-    wins: list[str] = []
-
-    def fight(seed: int) -> None:
-        chance = random.Random(seed)
-        for _ in range(25):
-            together.wait(HANG_SECONDS)
-            peer = Peer(room.address)
-            peer.say(chance.choice(spellings))
-            welcome = peer.line()
-            if welcome.startswith("* Welcome, "):
-                wins.append(welcome)
-            end_somehow(peer, chance)
-
-    in_threads(*[partial(fight, seed) for seed in range(6)])
-
-    assert len(wins) >= 25  # nobody had it at the first of the claims of a round
-    for _ in wins:
-        come = watcher.line()
-        name = come.split()[1]
-        assert come == joined(name)
-        assert watcher.line() == left(name)
-    assert list(room.server.clients) == ["Watcher"]
-
-
-def talk(one: Peer, other: Peer, stop: threading.Event) -> tuple[int, list[str]]:
-    """Let two talk in turns until told to stop; return how much, and all they read."""
-    turns = 0
-    read: list[str] = []
-    while not stop.is_set():
-        for speaker, listener in ((one, other), (other, one)):
-            speaker.say(f"turn {turns}")
-            said = f"{speaker.name}: turn {turns}"
-            if listener is one:
-                read += [*listener.until(said), said]
-            else:
-                listener.until(said)
-        turns += 1
-    return turns, read
-
-
-def test_hundreds_who_come_and_go_disturb_no_conversation(
-    start_room: StartRoom,
-) -> None:
-    room = start_room(lines_per_second=0)
-    alex, bob = room.members("Alex", "Bob")
-    stop = threading.Event()
-    together = threading.Barrier(4)
-
-    def come_and_go(seed: int) -> None:
-        chance = random.Random(seed)
-        together.wait(HANG_SECONDS)
-        for i in range(100):
-            peer = Peer(room.address)
-            peer.join(f"guest-{seed}-{i}")
-            end_somehow(peer, chance)
-
-    def converse() -> tuple[int, list[str]]:
-        together.wait(HANG_SECONDS)
-        return talk(alex, bob, stop)
-
-    with ThreadPoolExecutor(4) as pool:
-        conversation = pool.submit(converse)
-        guests = [pool.submit(come_and_go, seed) for seed in range(3)]
-        try:
-            for guest in guests:
-                guest.result(HANG_SECONDS)
-        finally:
-            stop.set()
-        turns, read = conversation.result(HANG_SECONDS)
-
-    names = [f"guest-{seed}-{i}" for seed in range(3) for i in range(100)]
-    wanted = sorted([joined(name) for name in names] + [left(name) for name in names])
-    while sum(not line.startswith("Bob: ") for line in read) < len(wanted):
-        read.append(alex.line())
-    assert sorted(line for line in read if not line.startswith("Bob: ")) == wanted
-    assert [line for line in read if line.startswith("Bob: ")] == [
-        f"Bob: turn {i}" for i in range(turns)
-    ]
-    assert_next(bob, alex)
-    assert sorted(room.server.clients) == ["Alex", "Bob"]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_members_that_end_in_the_middle_of_a_send_leave_once(
-    start_room: StartRoom, seed: int
-) -> None:
-    """Thirty do not read; lines wait for them when they end, one after the other."""
-    chance = random.Random(seed)
-    room = start_room(small_buffers=True, lines_per_second=0)
-    alex, bob = room.members("Alex", "Bob")
-    names = [f"member{i}" for i in range(30)]
-    members = [room.member(name, receive_buffer=SMALL_BUFFER) for name in names]
-    assert bob.lines(30) == [joined(name) for name in names]
-    say_more_than_a_socket_takes(alex, bob)
-
-    read: list[str] = []
-    for i, member in enumerate(members):
-        end_somehow(member, chance)
-        alex.say(f"{i} " + "x" * 3000)
-        read.append(bob.line())
-    while len(read) < 60:
-        read.append(bob.line())
-
-    leavings = [line for line in read if line.startswith("* ")]
-    assert sorted(leavings) == sorted(left(name) for name in names)
-    said = [line for line in read if line.startswith("Alex: ")]
-    assert said == [f"Alex: {i} " + "x" * 3000 for i in range(30)]
-    assert_next(alex, bob)
 
 
 # --- enemies: ill will --------------------------------------------------------------

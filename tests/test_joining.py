@@ -19,6 +19,7 @@ from helpers import (
     assert_next,
     joined,
     left,
+    wait_until,
 )
 
 import server
@@ -171,16 +172,6 @@ def test_a_name_that_differs_in_case_or_width_is_taken(room: Room, name: str) ->
     )
 
 
-def test_a_name_is_shown_trimmed_and_in_nfkc(room: Room) -> None:
-    (bob,) = room.members("Bob")
-    alex = room.connect()
-
-    alex.say("  Ａｌｅｘ ")
-
-    assert alex.line().startswith("* ")
-    assert bob.line() == joined("Alex")
-
-
 # --- connections that come to nothing -----------------------------------------------
 
 
@@ -208,6 +199,8 @@ def test_who_has_not_joined_in_time_is_closed_though_it_keeps_sending(
 ) -> None:
     monkeypatch.setattr(server, "JOIN_SECONDS", 0.2)
     room = start_room(lines_per_second=rate)
+    room.members("Alex")
+    threads = threading.active_count()
     began = time.monotonic()
     carol = room.connect()
     stop = threading.Event()
@@ -228,32 +221,30 @@ def test_who_has_not_joined_in_time_is_closed_though_it_keeps_sending(
 
     assert reason.startswith("! ")
     assert time.monotonic() - began < 2
-
-
-def test_the_time_to_join_is_two_minutes() -> None:
-    assert server.JOIN_SECONDS == 120
+    wait_until(lambda: threading.active_count() == threads)
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize(
-    ("level", "option", "value"),
+    ("option", "value"),
     [
-        ("SOL_SOCKET", "SO_KEEPALIVE", 1),
-        ("IPPROTO_TCP", "TCP_KEEPIDLE", 60),
-        ("IPPROTO_TCP", "TCP_KEEPINTVL", 15),
-        ("IPPROTO_TCP", "TCP_KEEPCNT", 4),
-        ("IPPROTO_TCP", "TCP_USER_TIMEOUT", 120_000),
+        *(("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15)),
+        *(("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 120_000)),
     ],
 )
-def test_peers_that_vanish_are_found(
-    room: Room, level: str, option: str, value: int
-) -> None:
+def test_peers_that_vanish_are_found(room: Room, option: str, value: int) -> None:
     if not hasattr(socket, option):
         pytest.skip(f"no {option} here")
     room.members("Alex")
 
     ours = room.server.clients["Alex"]
 
-    assert ours.getsockopt(getattr(socket, level), getattr(socket, option)) == value
+    level = socket.SOL_SOCKET if option[:2] == "SO" else socket.IPPROTO_TCP
+    assert ours.getsockopt(level, getattr(socket, option)) == value
+
+
+def test_the_times_are_those_that_are_promised() -> None:
+    assert (server.JOIN_SECONDS, server.GONE_SECONDS) == (120, 10)
 
 
 # --- a full room --------------------------------------------------------------------
@@ -269,17 +260,9 @@ def test_members_up_to_the_limit_join_and_the_next_one_is_refused(
 
     assert re.fullmatch("! .*full.*", refusal)
     assert_next(alex, bob)
-
-
-def test_a_full_room_has_room_again_when_somebody_leaves(start_room: StartRoom) -> None:
-    room = start_room(max_clients=2)
-    alex, bob = room.members("Alex", "Bob")
-    room.connect().rest()
-
     bob.close()
     assert alex.line() == left("Bob")
-
-    assert room.member("Carol")
+    room.member("Dora")
 
 
 def test_who_is_refused_may_have_sent_something(start_room: StartRoom) -> None:
@@ -413,10 +396,6 @@ def test_the_flood_of_one_that_is_gone_is_read_for_that_long(
     began = time.monotonic()
     bob.gather(left("Ghost").__eq__)
     assert time.monotonic() - began > 0.4
-
-
-def test_one_that_is_gone_is_read_for_ten_seconds() -> None:
-    assert server.GONE_SECONDS == 10
 
 
 def test_one_that_half_closed_is_not_gone_and_is_read_to_its_end(

@@ -240,7 +240,7 @@ def left(name: str) -> str:
 
 def online_by(welcome: str) -> set[str]:
     """Return the names that a welcome tells."""
-    names = welcome.partition("Also online: ")[2].partition(". ")[0]
+    names = welcome.partition("Also online: ")[2].removesuffix(".")
     return set(names.split(", "))
 
 

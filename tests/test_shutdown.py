@@ -23,6 +23,8 @@ from helpers import (
     left,
 )
 
+import server
+
 # --- told to end --------------------------------------------------------------------
 
 
@@ -126,6 +128,23 @@ def test_no_new_clients_come_in_after_a_shutdown(room: Room) -> None:
 
     with pytest.raises(ConnectionRefusedError):
         room.connect()
+
+
+def test_a_shutdown_is_over_once_all_clients_have_hung_up(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 8)  # instead of 1.3
+    monkeypatch.setattr(server, "HANG_UP_SECONDS", 8)  # instead of 0.5
+    alex, bob = room.members("Alex", "Bob")
+    began = time.monotonic()
+
+    room.server.stop()
+    for peer in (alex, bob):
+        assert peer.rest() == [SHUTTING_DOWN]
+        peer.close()
+    room.stop()
+
+    assert time.monotonic() - began < 4
 
 
 def test_a_shutdown_wakes_one_who_sends_too_fast(start_room: StartRoom) -> None:

@@ -162,6 +162,38 @@ def test_what_waits_costs_little_more_than_its_bytes(start_server: StartServer) 
 
 
 @needs_proc
+def test_what_all_have_read_costs_no_memory(start_server: StartServer) -> None:
+    chat = start_server("--rate", "0", "--quiet")
+    alex, bob = chat.members("Alex", "Bob")
+    before = chat.status_bytes("VmRSS")
+
+    for _ in range(80):
+        alex.send(("x" * 4000 + "\n") * 50)
+        assert bob.lines(50) == ["Alex: " + "x" * 4000] * 50
+
+    assert chat.status_bytes("VmHWM") - before < 4 * MIB
+
+
+@needs_proc
+def test_a_slow_reader_that_has_caught_up_costs_no_cpu(
+    start_server: StartServer,
+) -> None:
+    chat = start_server("--rate", "0", "--quiet", small_buffers=True)
+    alex, bob = chat.members("Alex", "Bob")
+    slow = chat.member("Slow", receive_buffer=SMALL_BUFFER)
+    assert bob.line() == joined("Slow")
+    for _ in range(50):
+        alex.say("x" * 4000)
+        bob.line()
+
+    assert slow.lines(50) == ["Alex: " + "x" * 4000] * 50
+    before = chat.cpu_seconds()
+    assert select.select([slow.socket, bob.socket], [], [], 0.5)[0] == []
+
+    assert chat.cpu_seconds() - before < 0.05
+
+
+@needs_proc
 def test_refusals_that_their_author_does_not_read_are_bounded(
     start_server: StartServer,
 ) -> None:
