@@ -470,7 +470,7 @@ hanging-server-waited-for-for-ever: test_server_that_hangs_holds_up_the_leaving
 + self._hangs = False
 sending-not-watched: test_leaving_in_the_middle_of_a_paste
 - self._terminal.wait(is_sent, self._socket, patient=True)
-+ bool([time.sleep(0.01) for _ in iter(is_sent, True)] * 0 + [1])
++ (self._socket.sendall(unsent) is None)
 answer-not-watched: test_leaving_a_server_that_does_not_answer or test_pipe_that_ends_before
 -             if seconds <= 0:
 +             if seconds <= 0 and writable:
