@@ -106,7 +106,7 @@ HISTORY_MESSAGES = 20  # that a newcomer gets
 MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
 SCHEMA_VERSION = 1  # PRAGMA user_version of the database
 ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
-BUSY_SECONDS = 1.0  # that another program may keep the database locked at a time
+BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
 RETRY_SECONDS = 0.5  # after a write to the database has failed
 HANGS_SECONDS = 0.25  # without a new batch: the disk hangs, and nobody waits for it
 CHANGE_SECONDS = 3.0  # that a member waits for a change of its account
@@ -257,12 +257,8 @@ class ChatServer:
         in the listener's queue and tries again a little later.
         """
         while not self._stopping:
-            self._attend(FOREVER)
-
-    def _attend(self, seconds: float) -> None:
-        """Wait, so long at most, for a connection to come or to end; see to it."""
-        if self._arrivals.wait(min(seconds, self._meet_deadlines())):
-            self._accept_one()
+            if self._arrivals.wait(self._meet_deadlines()):
+                self._accept_one()
 
     def _meet_deadlines(self) -> float:
         """Do what is due; return the seconds until more may be."""
@@ -731,10 +727,11 @@ class ChatServer:
         self._listener.close()
 
     def _await_hang_ups(self, deadline: float) -> None:
-        while self._connections or self._lingering:
-            if (seconds := deadline - time.monotonic()) <= 0:
+        while (now := time.monotonic()) < deadline:
+            seconds = self._meet_deadlines()
+            if not self._connections and not self._lingering:
                 break
-            self._attend(seconds)
+            self._arrivals.wait(min(seconds, deadline - now))
 
 
 # Command → what obeys it, and what /help says of it: usage and effect.

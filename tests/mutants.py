@@ -212,16 +212,16 @@ welcome-names-too-many: test_the_welcome_names_twenty_people_and_how_many_more
 - MAX_NAMES_LISTED = 20
 + MAX_NAMES_LISTED = 21
 taken-name-by-its-letters: test_a_name_that_differs_in_case_or_width_is_taken
-- if key in self._owners:
+- if protocol.name_key(name) in self._owners:
 + if name in self.clients:
 name-checked-outside-lock: test_one_of_fifty_claims_of_a_name_at_one_moment_wins
--             if key in self._owners:
--                 raise ProtocolError(f"The name {name} is taken.")
-+             pass
-+         if key in self._owners:
+-         if protocol.name_key(name) in self._owners:
+-             raise ProtocolError(f"The name {name} is taken.")
++         if protocol.name_key(name) in self._owners:
 +             raise ProtocolError(f"The name {name} is taken.")
++         self._lock.release()
 +         time.sleep(0.01)
-+         with self._lock:
++         self._lock.acquire()
 newcomer-hears-the-past: test_everybody_sees_what_follows or test_all_members_see_one_order
 - client.place = start
 + client.place = self._end - len(self._stream)
@@ -229,8 +229,8 @@ newcomer-misses-what-came-with-it: test_all_members_see_one_order
 - self._give_turns(members[first : first + group])
 + [setattr(m, "place", self._end) for m in self._members if not m.spots]
 author-hears-itself: test_a_message_goes_to_every_member_but_its_sender
-- self._submit(_Entry(sender, message), told, texts)
-+ self._submit(_Entry(sender, message, message), told, texts)
+- self._submit(_Entry(sender, encoded), told
++ self._submit(_Entry(sender, encoded, encoded), told
 outbox-backwards: test_all_members_see_one_order or test_everybody_sees
 - entries, self._entries, self._bytes = self._entries, [], 0
 + entries, self._entries, self._bytes = self._entries[::-1], [], 0
@@ -268,32 +268,33 @@ slow-reader-not-watched: test_a_slow_reader_that_speaks or test_messages_that_a_
 - self._writable.register(member.socket, selectors.EVENT_WRITE, member)
 + self._writable.register(member.socket, selectors.EVENT_READ, member)
 slow-reader-watched-for-ever: test_a_slow_reader_that_has_caught_up_costs_no_cpu
--             if self._slow.pop(member, member) is None:
--                 self._writable.unregister(member.socket)
-+             pass
-second-look-not-passed-on: test_all_members_see_one_order
-- self._pass_again = self._take_in()
-+ self._take_in()
+-             if member in self._slow:
+-                 del self._slow[member]
++             if False:
++                 del self._slow[member]
+second-look-not-passed-on: test_model or test_messages or test_slow_readers or test_commands or test_shutdown
+- self._pass_again = True
++ pass
 stream-not-forgotten: test_what_all_have_read_costs_no_memory
-- del self._stream[: place - self._end + len(self._stream)]
+- del self._stream[: place - first]
 + pass
 stream-forgotten-too-early: test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once
-- del self._stream[: place - self._end + len(self._stream)]
-+ del self._stream[: self._passed - self._end + len(self._stream)]
+- del self._stream[: place - first]
++ del self._stream[: self._passed - first]
 unsent-copied: test_a_thousand_stalled_members_share_what_waits_for_them
 -             start = self._end
 +             start = self._end
 +             for member in self._slow:  # a part of each is enough to notice
 +                 member.__dict__.setdefault("copies", []).append(to_others[:100] + b".")
 unsent-unlimited: test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it
-- if unsent > MAX_UNSENT_BYTES:
-+ if False:
+- if unsent > MAX_UNSENT_BYTES or
++ if
 unsent-limit-one-less: test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it
-- if unsent > MAX_UNSENT_BYTES:
-+ if unsent >= MAX_UNSENT_BYTES:
+- if unsent > MAX_UNSENT_BYTES or
++ if unsent >= MAX_UNSENT_BYTES or
 unsent-limit-one-more: test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it
-- if unsent > MAX_UNSENT_BYTES:
-+ if unsent > MAX_UNSENT_BYTES + 1:
+- if unsent > MAX_UNSENT_BYTES or
++ if unsent > MAX_UNSENT_BYTES + 1 or
 refusals-wait-without-limit: test_refusals_that_their_author_does_not_read_are_bounded
 - unsent = self._end - member.place + member.spot_bytes
 + unsent = self._end - member.place
@@ -329,11 +330,7 @@ name-stays-taken: test_a_leaving_is_announced_once_and_the_name_is_free
 + pass
 connections-not-forgotten: test_faults
 -             del self._connections[client.socket]
-- 
-- 
 +             pass
-+ 
-+ 
 removed-twice: test_removing_a_client_again_spares_the_next_owner_of_its_name
 - if self.clients.get(client.name) is not client_socket:
 + if not client.name:
@@ -404,7 +401,7 @@ left-out-not-counted: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - self._left_out += size
 + pass
 recorder-unbounded: test_up_to_ten_thousand_lines_wait_for_the_terminal
-- if self._unwritten + size > MAX_UNWRITTEN:
+- if self.unwritten + size > MAX_UNWRITTEN:
 + if False:
 recorder-one-less: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - + size > MAX_UNWRITTEN:
@@ -416,10 +413,8 @@ unknown-command-said-to-all: test_an_unknown_command_tells_the_room_nothing
 - if command not in self._commands:
 + if command not in self._commands and not self._say(client, [command]):
 who-names-too-many-in-a-line: test_who_names_at_most_twenty_in_a_line
--         places = range(0, len(names), MAX_NAMES_LISTED)
--         rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for
-+         places = range(0, len(names), MAX_NAMES_LISTED + 1)
-+         rows = [", ".join(names[first : first + MAX_NAMES_LISTED + 1]) for
+- ", ".join(names[first : first + MAX_NAMES_LISTED])
++ ", ".join(names[first : first + MAX_NAMES_LISTED + 1])
 private-message-for-all: test_a_private_message_reaches_one_member_alone
 - self._submit(_Entry(recipient, b"", line), told)
 + self._submit(_Entry(recipient, line, line), told)
