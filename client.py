@@ -6,35 +6,46 @@ Threads:
                 being typed, and tells the main thread what concerns it
 
 Only the receiver reads the socket.  The main thread waits in one place, Terminal._watch,
-for keys, signals and the receiver alike, so that leaving never depends on the server.
+for keys, signals and the receiver alike: leaving never depends on the server, and a
+signal handler has nothing to do but to note the signal.
 
-A terminal object owns keyboard and screen: LineEditor on a terminal, PlainTerminal for
-pipes, dumb terminals and Windows.  Both have the same methods, so nothing else here
-knows which one it talks to.
+A terminal object owns keyboard and screen: LineEditor, which alone knows escape
+sequences, or PlainTerminal for pipes, dumb terminals and Windows.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before anything that takes time, or needs a new Python
-    import signal
+if __name__ == "__main__":
+    # Before the other imports take their time: Ctrl-C ends them without a traceback.
+    import _signal  # type: ignore[import-not-found]  # signal itself takes its time
     import sys
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python still imports
-    if sys.hexversion < 0x030B0000:
-        sys.exit("client.py needs Python 3.11 or newer: try python3.11 client.py")
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit("client.py: needs Python 3.11 or newer (try python3.11 client.py)")
 
 import argparse
+import codecs
+import getpass
 import math
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+import unicodedata
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import cycle
+from typing import Any, Self
 
 import protocol
-from console import Draft, LineEditor, Pasted, PlainTerminal, Terminal, Woken
 from protocol import ServerLine
 
 try:
@@ -46,23 +57,32 @@ except ImportError:  # Windows
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
 RECEIVE_BYTES = 65536
+READ_BYTES = 4096  # of the keyboard or a pipe
+QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
+PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
+FORGET_SECONDS = 3.0  # that keys which never end may hold up the end of the program
+MAX_TYPED_CHARS = 1024 * 1024  # in one line or paste: what comes after is left out
+MAX_TYPED_AHEAD = 4096  # keys or lines; the rest waits in the system
+MAX_PASTED_LINES = 5  # that are sent without asking
+HISTORY_LINES = 1000
+NAMES_SEEN = 1000
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 CHOICES = {"1": "Join the chat", "q": "Leave the chat", "2": "Exit the program"}
 LEAVING = "Leaving the chat..."
+MESSAGE = "You: "  # what is typed here can be half typed, pasted, and recalled
+PASSWORD = "Password: "  # what is typed here is not shown, and remembered nowhere
 # The line after one of these is a secret, and the server says so with a question.
 SECRET_COMMANDS = frozenset({"/register"})
 
 # Windows has no such flag: there a server that hangs holds up a line until it goes on.
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
+Fact = Callable[[], object]  # is so if what it returns is true
+
 
 class ConnectionLost(Exception):
-    """The server is gone; str() of it is the reason."""
-
-
-class ServerFull(Exception):
-    """The server has no room, which has been shown."""
+    """The server is gone; str() of it is the reason.  Sending and waiting raise it."""
 
 
 # --- the program --------------------------------------------------------------------
@@ -77,9 +97,8 @@ def client_program() -> int:
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
-        print(
-            f"client.py: cannot connect to {where}: {_explain(error)}", file=sys.stderr
-        )
+        reason = _explain(error)
+        print(f"client.py: cannot connect to {where}: {reason}", file=sys.stderr)
         return 1
     with terminal:
         return client.run()
@@ -102,13 +121,9 @@ def _parse_arguments() -> argparse.Namespace:
         "--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
         help="the server's TCP port",
     )  # fmt: skip
-    flags.add_argument(
-        "--times", action="store_true", help="show the time before each line"
-    )
-    flags.add_argument(
-        "--bell", action="store_true",
-        help="ring for private messages, and for those that name you",
-    )  # fmt: skip
+    times, bell = "show the time before each line", "ring for what is meant for you"
+    flags.add_argument("--times", action="store_true", help=times)
+    flags.add_argument("--bell", action="store_true", help=bell)
     return flags.parse_args()
 
 
@@ -120,21 +135,20 @@ def _open_terminal(options: argparse.Namespace) -> Terminal:
     return LineEditor(keyboard, screen, options)
 
 
-# What to do about it, by the first kind of error that fits.
-_ADVICE: list[tuple[type[Exception], str]] = [
-    (socket.gaierror, "is the name after --host spelled as it should be?"),
-    (ConnectionRefusedError, "start the server there, or give its --port"),
-    (TimeoutError, "is that computer up, and the port open in its firewall?"),
-    (OSError, "the system does not allow it"),
-    (ValueError, "--host takes a name or an address"),
-]
-
-
 def _explain(error: Exception) -> str:
     """Return why there is no connection, and what to do about that very thing."""
-    reason = "that is no host" if isinstance(error, ValueError) else _reason(error)
-    advice = next(advice for kind, advice in _ADVICE if isinstance(error, kind))
-    return f"{reason} ({advice})"
+    match error:
+        case ValueError():
+            return "that is no host (--host takes a name or an address)"
+        case socket.gaierror():
+            advice = "is the name after --host spelled as it should be?"
+        case ConnectionRefusedError():
+            advice = "start the server there, or give its --port"
+        case TimeoutError():
+            advice = "is that computer up, and the port open in its firewall?"
+        case _:
+            advice = "the system does not allow it"
+    return f"{_reason(error)} ({advice})"
 
 
 def _reason(error: Exception) -> str:
@@ -154,57 +168,46 @@ class ChatClient:
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now
         self._hangs = False  # the server takes nothing any more
-        self._draft = Draft()  # what is half typed, while it cannot be typed on
-        self._open(CONNECT_SECONDS)
+        self._connect(CONNECT_SECONDS)
 
-    def _open(self, seconds: float) -> None:
-        """Make a new connection; its receiver is still to be started."""
+    def _connect(self, seconds: float) -> None:
+        """Make a new connection and start its receiver."""
         self._socket = socket.create_connection(self._address, seconds)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._receiver = threading.Thread(
-            target=self.receive_messages, args=(self._socket,), name="receiver"
-        )
         # What the receiver tells the main thread, with a nudge of the terminal.  Each is
         # set in one step, so there is no lock.
         self._end = ""  # why the connection has ended
-        self._idle = False  # all that it has read is taken
-        self._bug: Exception | None = None  # that ended the receiver
+        self._full: ServerLine | None = None  # that it has no room
         self._joined = False
-        self._early: ServerLine | None = None  # a notice or refusal before any name
-        self._answer: ServerLine | None = None  # to what was sent to get in
-        self._question = False  # a password is asked for, in the chat
-        self._refused = False  # a line was, in the chat
-        # And the other way round: the next notice, refusal or question is the answer.
-        self._awaits_answer = False
+        # The last line that concerns it: an answer to a name or a password, or once
+        # joined a refusal or a question.  Each line that is sent begins anew.
+        self._answer: ServerLine | None = None
+        self._awaits_answer = False  # to a name or password; the other way round
+        self._receiver = threading.Thread(
+            target=self.receive_messages, args=(self._socket,), name="receiver"
+        )
+        try:
+            self._receiver.start()
+        except RuntimeError as error:  # the system has no more threads
+            self._end = str(error)
 
     def run(self) -> int:
-        """Run the session and return the exit status.
-
-        Raises SystemExit if a signal ends the program, and whatever bug ended the
-        receiver.  The connection is closed and the receiver has ended in any case.
-        """
+        """Run the session and return the exit status."""
         try:
             self._terminal.show("Connected to server.")
-            self._start_receiver()
             try:
                 leaving = self._stay()
             except KeyboardInterrupt:
                 self._status, leaving = INTERRUPTED, LEAVING
-            except (ConnectionLost, ServerFull):
-                return 1
             self._leave(leaving)
             return self._status
         finally:
             self._hang_up()
 
     def _stay(self) -> str:
-        """Go through menu, name and chat until the person leaves; return what to say.
-
-        A lost connection leads back to the menu, where 1 makes a new one.
-        Raises ConnectionLost if nobody is there to try again, and ServerFull.
-        """
+        """Go through menu, name and chat; return what to say when the person leaves."""
         while True:
             try:
                 choice = self.menu()
@@ -215,8 +218,8 @@ class ChatClient:
                 self._hang_up()
                 self._terminal.show(f"Connection lost: {lost}.")
                 self._status = 1
-                if not self._terminal.person:
-                    raise
+                if not self._terminal.person:  # nobody is there to try again
+                    sys.exit(1)
                 # It was meant for the chat, and would be taken for answers.
                 self._terminal.forget_typed()
 
@@ -224,25 +227,16 @@ class ChatClient:
         """Show the menu until one of CHOICES is chosen."""
         while True:
             self._terminal.show(*(f"{key}. {what}" for key, what in CHOICES.items()))
-            answer = self._ask("Enter your choice: ")
-            if answer is None:
-                return "q"
-            if (choice := answer.strip()) in ("1", "2"):
+            answer = self._terminal.ask("Enter your choice: ")
+            choice = "q" if answer is None else answer.strip()
+            if choice in CHOICES:
                 return choice
             self._terminal.show(f"Please choose one of these: {', '.join(CHOICES)}.")
-
-    def _ask(self, prompt: str, *, hidden: bool = False) -> str | None:
-        """Return the answer to a prompt; None if the person leaves."""
-        answer = self._terminal.ask(prompt, hidden=hidden)
-        return None if answer is None or _is_quit(answer) else answer
 
     # --- joining --------------------------------------------------------------------
 
     def _join(self) -> bool:
-        """Ask for a name until the server takes one; False if the person leaves.
-
-        Raises ServerFull, or ConnectionLost.
-        """
+        """Ask for a name until the server takes one; False if the person leaves."""
         if not self._terminal.person:
             self._status = 1  # until it is in
         self._check_connection()
@@ -250,14 +244,12 @@ class ChatClient:
             self._terminal.show(f"Joining the chat as {name}...")
             answer = self._send_name(name)
             while answer and answer.mark == "?":
-                password = self._ask("Password: ", hidden=True)
+                password = self._terminal.ask(PASSWORD)
                 # Never on a new connection: there it would be taken for a name.
                 answer = None if password is None else self._exchange(password)
             if not answer:
                 return False
-            if _says_full(answer):
-                raise ServerFull
-            if answer.mark == "*":
+            if self._joined:
                 self._status, self._name = 0, name
                 self._terminal.know_name(name)
                 return True
@@ -265,67 +257,49 @@ class ChatClient:
 
     def _ask_name(self) -> str | None:
         offer = f" [{self._name}]" if self._name else ""
-        while (answer := self._ask(f"Enter your username{offer}: ")) is not None:
+        prompt = f"Enter your username{offer}: "
+        while (answer := self._terminal.ask(prompt)) is not None:
             if name := protocol.clean(answer).strip() or self._name:
                 return name
             self._terminal.show("Please enter a name, or q to leave.")
         return None
 
     def _send_name(self, name: str) -> ServerLine | None:
-        """Return the server's answer to a name; None if the person leaves.
-
-        A connection that ended while the person thought about it is made again.
-        """
-        self._check_connection()
+        """Return the server's answer to a name; None if the person leaves."""
         try:
             return self._exchange(name)
-        except ConnectionLost:
-            # It ended between our look at it and now, or it was about to.
+        except ConnectionLost:  # while the person thought about it
             self._check_connection()
             return self._exchange(name)
 
-    def _exchange(self, text: str) -> ServerLine | None:
-        """Send a line and return the answer; None if the person leaves.
-
-        Raises ConnectionLost.
-        """
-        self._answer, self._awaits_answer = None, True
-        if not self._send(text):
-            return None
-        if not self._wait(lambda: self._answer is not None or self._end != ""):
-            return None
-        if self._answer is None:
-            raise ConnectionLost(self._end)
-        return self._answer
-
     def _check_connection(self) -> None:
-        """Connect again if the server has ended a connection that nobody used.
-
-        Raises ServerFull if it had no room, ConnectionLost if it is gone.
-        """
-        self._wait(self._has_heard_all)
-        if self._early and _says_full(self._early):
-            self._terminal.show(self._early)
-            raise ServerFull
-        if not self._end:
-            return
-        self._hang_up()
-        try:
-            self._open(LEAVE_SECONDS)
-        except OSError as error:
-            raise ConnectionLost(_reason(error)) from None
-        self._start_receiver()
-
-    def _has_heard_all(self) -> bool:
-        """Tell whether the receiver has taken all that has arrived.
-
-        The order counts: the receiver is not idle before it reads, so what has left the
-        socket in between is either taken already or makes it busy.
-        """
+        """Connect again if the server has ended a connection that nobody used."""
+        # Whatever has arrived is to be heard first.  At its end the socket stays readable.
+        self._terminal.wait(
+            lambda: self._end or not select.select([self._socket], [], [], 0)[0]
+        )
+        self._end_if_full()
         if self._end:
-            return True
-        arrived = select.select([self._socket], [], [], 0)[0]
-        return not arrived and self._idle
+            self._hang_up()
+            try:
+                self._connect(LEAVE_SECONDS)
+            except OSError as error:
+                raise ConnectionLost(_reason(error)) from None
+
+    def _end_if_full(self) -> None:
+        if self._full:
+            self._terminal.show(self._full)
+            sys.exit(1)
+
+    def _exchange(self, text: str) -> ServerLine | None:
+        """Send a line and return the answer; None if the person leaves."""
+        told: Fact = lambda: self._answer or self._full or self._end
+        if self._send(text) and self._terminal.wait(told):
+            self._end_if_full()
+            if not self._answer:
+                raise ConnectionLost(self._end)
+            return self._answer
+        return None
 
     # --- chatting -------------------------------------------------------------------
 
@@ -334,214 +308,941 @@ class ChatClient:
         going_on = True
         while going_on:
             if self._end:
+                if half_typed := self._terminal.draft[0]:
+                    self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
                 raise ConnectionLost(self._end)
-            try:
-                going_on = self._tell_secret() if self._question else self._say()
-            except Woken as woken:
-                self._draft = woken.draft or self._draft
-                if self._end and self._draft.text:  # it stays to be seen meanwhile
-                    self._terminal.show(f"You: {self._draft.text}")
+            going_on = self._tell_secret() if self._is_asked() else self._say()
+
+    def _is_asked(self) -> bool:
+        return self._answer is not None and self._answer.mark == "?"
 
     def _say(self) -> bool:
         """Send the next line that is typed; False if the person leaves."""
-        draft, self._draft = self._draft, Draft()
-        text = self._terminal.ask(
-            "You: ", until=lambda: self._end != "" or self._question, draft=draft
-        )
+        text = self._terminal.ask(MESSAGE, lambda: self._end or self._is_asked())
         if text is None:
-            return False
-        if _is_quit(text):
             self._terminal.leaving = True
             self._send("q")
             return False
-        if text in ("q", "Q"):
-            text += " "  # pasted: with the blank it is a message
         try:
             # As it is: cleaned it may be longer than a line may be.
-            return not text.strip() or self._send(text) and self._await_question(text)
+            if protocol.split_command(text)[0] in SECRET_COMMANDS:
+                return self._exchange(text) is not None
+            return not text.strip() or self._send(text)
         except ConnectionLost:
-            self._draft = Draft(text)
+            self._terminal.draft = (text, len(text))
             raise
-
-    def _await_question(self, text: str) -> bool:
-        """After a line that leads to a question, wait for it: what is typed is secret.
-
-        False if the person leaves.
-        """
-        if protocol.split_command(text)[0] not in SECRET_COMMANDS:
-            return True
-        return self._wait(lambda: self._question or self._refused or self._end != "")
 
     def _tell_secret(self) -> bool:
         """Send a password; False if the person leaves."""
-        self._question = False
-        answer = self._terminal.ask(
-            "Password: ", hidden=True, until=lambda: self._end != ""
-        )
-        return answer is not None and not _is_quit(answer) and self._send(answer)
+        password = self._terminal.ask(PASSWORD, lambda: self._end)
+        return password is not None and (self._end != "" or self._send(password))
 
     # --- sending, waiting and leaving -----------------------------------------------
 
     def _send(self, text: str) -> bool:
-        """Send a line; False if the person leaves before the server has taken it.
-
-        Raises ConnectionLost.
-        """
+        """Send a line; False if the person leaves before the server has taken it."""
         unsent = memoryview(protocol.encode_line(text))
-        self._refused = False
+        self._answer, self._awaits_answer = None, True
 
         def is_sent() -> bool:
             nonlocal unsent
-            try:
+            with suppress(BlockingIOError):
                 unsent = unsent[self._socket.send(unsent, _DONT_WAIT) :]
-            except BlockingIOError:
-                pass
             return not unsent
 
         try:
-            patience = LEAVE_SECONDS if self._terminal.person else math.inf
-            self._hangs = not self._terminal.wait(is_sent, patience, self._socket)
+            self._hangs = not self._terminal.wait(is_sent, self._socket, patient=True)
         except OSError as error:
             # The receiver says why, once it has shown all that had arrived.
-            self._wait(lambda: self._end != "")
+            self._terminal.wait(lambda: self._end)
             raise ConnectionLost(self._end or _reason(error)) from None
         return not self._hangs
-
-    def _wait(self, fact: Callable[[], bool]) -> bool:
-        """Wait until the receiver has told something; False if the person leaves."""
-        return self._terminal.wait(fact, LEAVE_SECONDS)
 
     def _leave(self, leaving: str) -> None:
         """Say goodbye, and see to it that what was sent arrives."""
         self._terminal.leaving = True
         self._terminal.show(leaving)
         if self._joined:
-            # Everything sent is delivered before the server closes its side.
-            _shut_down(self._socket, socket.SHUT_WR)
-            self._wait_for_end()
+            try:
+                self._wait_for_end()
+            except KeyboardInterrupt:
+                self._status = INTERRUPTED
         self._hang_up()
         self._terminal.show("Connection closed.")
 
     def _wait_for_end(self) -> None:
         """Wait until the server has read everything and closed its side.
 
-        In a pipe however long that takes.  A person at a terminal waits while it goes
-        on, and after Ctrl-C for LEAVE_SECONDS only.
+        In a pipe however long that takes; a person waits while the server goes on.
         """
-        interrupted = self._status == INTERRUPTED
-        patient = not (self._terminal.person or interrupted)
-        patience = math.inf if patient else LEAVE_SECONDS
+        with suppress(OSError):  # the server was quicker
+            self._socket.shutdown(socket.SHUT_WR)
         unread = _unread_bytes(self._socket)
-        try:
-            while not self._hangs:
-                if self._terminal.wait(lambda: self._end != "", patience):
-                    return
-                before, unread = unread, _unread_bytes(self._socket)
-                self._hangs = interrupted or not 0 < unread < before
-        except KeyboardInterrupt:
-            self._status = INTERRUPTED
-            return
-        if unread and not interrupted:
+        while not (self._hangs or self._terminal.wait(lambda: self._end, patient=True)):
+            before, unread = unread, _unread_bytes(self._socket)
+            self._hangs = not 0 < unread < before
+        if self._hangs and unread:
             self._terminal.show(f"The server has not taken the last {unread} bytes.")
 
     def _hang_up(self) -> None:
-        """Close the connection and end the receiver; again does nothing.
-
-        Raises what ended the receiver, if that was a bug.
-        """
-        _shut_down(self._socket, socket.SHUT_RDWR)  # wakes the receiver
+        """Close the connection and end the receiver; again does nothing."""
+        with suppress(OSError):  # the server was quicker
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the receiver
         if self._receiver.is_alive():
             self._receiver.join()
         self._socket.close()
         self._joined = False
-        bug, self._bug = self._bug, None
-        if bug:
-            raise bug
 
     # --- receiving ------------------------------------------------------------------
-
-    def _start_receiver(self) -> None:
-        try:
-            self._receiver.start()
-        except RuntimeError as error:  # the system has no more threads
-            self._end = str(error)
 
     def receive_messages(self, client_socket: socket.socket) -> None:
         """Show what comes until the connection ends.  Runs in the receiver thread."""
         splitter = protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
-        end = "the server closed the connection"
+        end = "this client has a bug"  # it has been told on stderr by then
         try:
-            while chunk := self._receive(client_socket):
+            while chunk := client_socket.recv(RECEIVE_BYTES):
                 lines = map(protocol.decode_shown, splitter.feed(chunk))
                 self._take([protocol.parse_server_line(line) for line in lines])
+            end = "the server closed the connection"
         except OSError as error:
             end = _reason(error)
-        except Exception as error:  # noqa: BLE001  a bug: _hang_up() raises it
-            self._bug = error
-            end = repr(error)
-        self._end = end
-        self._terminal.nudge()
-
-    def _receive(self, client_socket: socket.socket) -> bytes:
-        """Wait for bytes and return them; b"" at EOF."""
-        self._idle = True
-        if not self._joined:
-            self._terminal.nudge()  # _check_connection() may wait for it
-        select.select([client_socket], [], [])
-        self._idle = False  # before it is read: see _has_heard_all()
-        return client_socket.recv(RECEIVE_BYTES)
+        finally:
+            self._end = end
+            self._terminal.nudge()
 
     def _take(self, lines: list[ServerLine]) -> None:
         """Show lines, and tell the main thread of those that concern it."""
         shown, answer = [], None
-        asked = refused = False
         for line in lines:
             if self._joined:
-                asked |= line.mark == "?"
-                refused |= line.mark == "!"
-            elif line.mark and not self._awaits_answer:
-                self._early = line
+                answer = line if line.mark in ("!", "?") else answer
+            elif line.mark == "!" and line.text.startswith(protocol.FULL):
+                self._full = line  # which is not shown before 1 is chosen
                 continue
+            elif line.mark and not self._awaits_answer:
+                continue  # nobody has asked for anything yet
             elif line.mark:
                 answer, self._awaits_answer = line, False
                 self._joined = line.mark == "*"
             shown.append(line)
         # First, so that the next prompt comes below.
         self._terminal.show(*shown)
-        self._question |= asked
-        self._refused |= refused
-        if answer or asked or refused:
-            self._answer = answer or self._answer
+        if answer:
+            self._answer = answer
+        if answer or not self._joined:
             self._terminal.nudge()
 
 
-def _is_quit(answer: str) -> bool:
-    return not isinstance(answer, Pasted) and answer.strip().lower() == "q"
-
-
-def _says_full(line: ServerLine) -> bool:
-    return line.mark == "!" and line.text.startswith(protocol.FULL)
+def _is_quit(text: str) -> bool:
+    return text.strip().lower() == "q"
 
 
 def _unread_bytes(client_socket: socket.socket) -> int:
-    """Return how much of what was sent the server's side has not taken yet.
+    """Return how much the server's side has not taken yet, as far as the system tells."""
+    if termios:
+        with suppress(OSError):  # the connection has ended
+            answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
+            return int.from_bytes(answer, sys.byteorder)
+    return 0
 
-    0 where the system does not tell, or if the connection has ended.
+
+# --- keyboard and screen ------------------------------------------------------------
+
+# The local modes that are off while we get key by key; Ctrl-C and Ctrl-Z stay signals.
+_EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
+# A line that leaves, among those that were typed ahead.
+_LEAVES = re.compile(r"(?:^|[\r\n])(?:\x04|[ \t]*[qQ][ \t]*[\r\n])")
+
+
+def _never() -> bool:
+    return False
+
+
+class Terminal:
+    """What both kinds of terminal share: waiting, signals, modes and writing.
+
+    Threads: all but show() and nudge() is the main thread's.
     """
-    if termios is None:
-        return 0
-    try:
-        answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
-        return int.from_bytes(answer, sys.byteorder)
-    except OSError:
-        return 0
+
+    # What a kind adds; with _lock held, but for the first two.
+    _cut: Callable[[bytes], list[str]]  # return the keys or lines that are complete now
+    _read_line: Callable[[], str | None]  # return the line that is typed, as ask() does
+    _begin: Callable[[], None]  # show the prompt
+    _end: Callable[[], None]  # see to it that what is shown next begins a row
+    _show_text: Callable[[str], None]  # show lines, each with its newline
+    _kept_off = 0  # the local modes that are off while the terminal is ours
+    # How many empty reads in a row are no end of input.  A read that never waits is
+    # empty as well when Ctrl-C or Ctrl-Z has emptied the system's buffer before it.
+    _idle_reads = 0
+
+    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
+        self._keyboard, self._screen = keyboard, screen
+        self._options = options
+        self.person = os.isatty(keyboard)
+        self.leaving = False  # the person has asked to leave
+        # What is half typed at MESSAGE, and the cursor's place, while other things are
+        # asked for.  Stays empty where the system edits the line.
+        self.draft = ("", 0)
+        # Guards the screen and what stands on it.  Held while writing to it.
+        self._lock = threading.RLock()
+        self._prompt = ""  # of the line being typed, if one is
+        self._until: Fact = _never
+        self._mention = re.compile("(?!)")  # our own name, once it is known
+        self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
+        self._input_ended, self._empty_reads = False, 0
+        self._pause = QUIET_SECONDS  # without a key after which no more will come
+        # For whoever wants the main thread's attention: nudge(), and signals.
+        self._waker, self._wake_receiver = socket.socketpair()
+        self._waker.setblocking(False)
+        self._signals: deque[int] = deque()  # that have come
+        self._ending = False  # one of them ends the program
+        found = termios.tcgetattr(keyboard) if termios and self.person else None
+        self._modes: list[Any] | None = found
+
+    def __enter__(self) -> Self:
+        # A Python handler runs on the main thread, between two steps of it; the byte
+        # that the signal itself writes ends the wait in _watch().
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, self._on_end)
+        if self._modes:  # there is something to put in order
+            for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT:
+                signal.signal(number, self._on_end)
+        self._set_modes(self._kept_off)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+        signal.set_wakeup_fd(-1)
+        self._waker.close()
+        self._wake_receiver.close()
+
+    def know_name(self, name: str) -> None:
+        """Note the person's own name, which stands out in what others say."""
+        pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+        self._mention = re.compile(pattern, re.IGNORECASE)
+
+    # --- asking ---------------------------------------------------------------------
+
+    def ask(self, prompt: str, until: Fact = _never) -> str | None:
+        """Return the line that is typed; None if the person leaves.
+
+        until: "" is the answer as soon as this is so; looked at after every nudge.
+        """
+        with self._lock:
+            self._prompt, self._until = prompt, until
+            self._begin()
+        try:
+            line = self._read_line()
+        finally:
+            with self._lock:
+                self._end()
+                self._prompt, self._until = "", _never
+        return None if line is None or _is_quit(line) else line
+
+    def _next(self) -> str | None:
+        """Return the next key or line; None at the end of input, "" if woken."""
+        while not self._ahead:
+            if self._until():  # what was typed before has been used by now
+                return ""
+            if self._input_ended:
+                return None
+            self._await_typing()
+        return self._ahead.popleft()
+
+    def _await_typing(self) -> None:
+        self._watch()
+
+    # --- waiting --------------------------------------------------------------------
+
+    def wait(
+        self, fact: Fact, writable: socket.socket | None = None, patient: bool = False
+    ) -> bool:
+        """Wait until this is so, with the keyboard watched; False if the person leaves.
+
+        They then wait LEAVE_SECONDS more, and as long as the socket goes on taking what
+        is sent.  The fact is looked at after every nudge, and if it is writable.
+        patient: what came from a pipe is to be delivered, however long that takes.
+        """
+        for_ever = patient and not (self.person or self._ending)
+        deadline = math.inf
+        while not fact():
+            if deadline == math.inf and not for_ever and self._wants_to_leave():
+                deadline = time.monotonic() + LEAVE_SECONDS
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                return False
+            if self._watch(seconds, writable):
+                deadline = math.inf
+        return True
+
+    def _wants_to_leave(self) -> bool:
+        """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
+        if self.leaving or self._input_ended and not self._ahead:
+            return True
+        # What is in a pipe is delivered, however long that takes.
+        typed = [key for key in self._ahead if not key.startswith(_PASTED)]
+        return self.person and _LEAVES.search("".join(typed)) is not None
+
+    def nudge(self) -> None:
+        """Let the main thread look at what it waits for.  For any thread."""
+        with suppress(OSError):  # full of nudges, or nobody waits any more
+            self._waker.send(b"\0")
+
+    def _watch(
+        self, seconds: float = math.inf, writable: socket.socket | None = None
+    ) -> bool:
+        """Wait for keys, a nudge or a signal, and take them; True if writable.
+
+        Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
+        """
+        inputs: list[Any] = [self._wake_receiver]
+        if os.name != "nt" and not self._input_ended:
+            inputs += [self._keyboard] if len(self._ahead) < MAX_TYPED_AHEAD else []
+        outputs = [writable] if writable else []
+        timeout = None if seconds == math.inf else seconds
+        readable, ready, _ = select.select(inputs, outputs, [], timeout)
+        if self._wake_receiver in readable:
+            self._wake_receiver.recv(READ_BYTES)
+        # Before reading: Ctrl-C empties the system's buffer, and a read might wait.
+        self._heed_signals()
+        if self._keyboard in readable:
+            self._read_keyboard()
+        return bool(ready)
+
+    def _read_keyboard(self) -> None:
+        try:
+            chunk = os.read(self._keyboard, READ_BYTES)
+        except OSError:
+            chunk = b""  # the terminal has been closed
+        self._empty_reads = 0 if chunk else self._empty_reads + 1
+        self._input_ended = self._empty_reads > self._idle_reads
+        self._ahead += self._cut(chunk)
+
+    # --- signals, modes, and the end ------------------------------------------------
+
+    def _on_end(self, number: int, _: object) -> None:
+        """Note that the program is to end.  The second time end it at once.
+
+        The leaving may be stuck then, on a server or on a screen that takes nothing.
+        """
+        if self._ending:
+            self._restore()
+            os._exit(128 + number)
+        self._ending = True
+        self._signals.append(number)
+
+    def _heed_signals(self) -> None:
+        while self._signals:
+            self._heed(self._signals.popleft())
+
+    def _heed(self, number: int) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    def _restore(self) -> None:
+        """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
+        self.forget_typed()
+        self._set_modes()
+
+    def forget_typed(self) -> None:
+        """Throw away what was typed ahead, lest the menu or the shell take it.
+
+        A terminal goes on sending the rest of a long paste after the system's buffer
+        has been emptied, so this waits until nothing comes any more.
+        """
+        if not self._modes:
+            return
+        deadline = time.monotonic() + FORGET_SECONDS
+        self._set_modes(_EDITED)
+        with suppress(OSError):  # the terminal has been closed
+            while time.monotonic() < deadline:
+                if not select.select([self._keyboard], [], [], self._pause)[0]:
+                    break
+                if not (chunk := os.read(self._keyboard, READ_BYTES)):
+                    break
+                self._cut(chunk)
+        self._ahead.clear()
+        self._set_modes(self._kept_off, flush=True)
+
+    def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
+        """Set the modes that were found, but for some local ones that are off."""
+        if not self._modes:
+            return
+        modes = [*self._modes[:6], [*self._modes[6]]]
+        modes[3] &= ~off
+        if off & termios.ICANON:
+            modes[6][termios.VMIN] = modes[6][termios.VTIME] = 0  # never wait
+        with suppress(termios.error):  # the terminal has been closed
+            if flush:
+                termios.tcflush(self._keyboard, termios.TCIFLUSH)
+            # At once: output that is paused must not hold this up.
+            termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
+
+    # --- the screen -----------------------------------------------------------------
+
+    def show(self, *lines: ServerLine | str) -> None:
+        """Show whole lines above the one being typed.  For any thread."""
+        with self._lock:
+            if text := "".join([self._paint(line) + "\n" for line in lines]):
+                self._show_text(text)
+
+    def _paint(self, line: ServerLine | str) -> str:
+        """Return a line as it is shown, with what the flags ask for."""
+        if isinstance(line, str):
+            return protocol.clean(line)
+        rings = line.private or line.name and self._mention.search(line.text)
+        bell = "\a" if rings and self._options.bell and self.person else ""
+        now = time.strftime("%H:%M ") if self._options.times else ""
+        return f"{bell}{now}{self._style(line)}"
+
+    def _style(self, line: ServerLine) -> str:
+        """Return a line as it came over the wire."""
+        private = " (private)" if line.private else ""
+        head = f"{line.mark} " if line.mark else f"{line.name}{private}: "
+        return head + line.text if line.mark or line.name else line.text
+
+    def _write(self, text: str) -> None:
+        # Past sys.stdout, whose flush at exit would wait for a pipe that is full.
+        data = memoryview(text.encode(sys.stdout.encoding, "replace"))
+        with suppress(OSError):  # nobody reads any more; what is typed still counts
+            while data:
+                try:
+                    data = data[os.write(self._screen, data) :]
+                except BlockingIOError:  # some terminals are shared and do not block
+                    select.select([], [self._screen], [])
 
 
-def _shut_down(client_socket: socket.socket, how: int) -> None:
-    try:
-        client_socket.shutdown(how)
-    except OSError:
-        pass  # the server was quicker
+class PlainTerminal(Terminal):
+    """Keyboard and screen without any escape sequence.
+
+    With a person at it, a prompt stands there while they type.  In a pipe it appears
+    together with the answer, so that what comes out reads like a session.
+    """
+
+    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
+        super().__init__(keyboard, screen, options)
+        # One over the limit is as good as any more: the server refuses it.
+        self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
+        self._last = b"\n"  # of what was read
+        self._echoed = False  # the Enter that ended the line
+
+    def _begin(self) -> None:
+        self._echoed = False
+        if self.person:
+            self._write(self._prompt)
+        if self._prompt == PASSWORD:
+            # What is half typed in the system's buffer is no part of the secret.
+            self._set_modes(termios.ECHO if termios else 0, flush=True)
+
+    def _read_line(self) -> str | None:
+        if os.name == "nt" and self._prompt == PASSWORD:
+            return getpass.getpass("")
+        line = self._next()
+        if not line:
+            return line
+        text, shown = line.removesuffix("\n"), self._prompt != PASSWORD
+        self._echoed = shown and line != text
+        if not self.person:
+            self.show(self._prompt + text * shown)
+        return text
+
+    def _await_typing(self) -> None:
+        if os.name != "nt":
+            return super()._await_typing()
+        self._read_keyboard()  # select() takes sockets only there
+        self._heed_signals()
+
+    def _end(self) -> None:
+        if self.person and not self._echoed:
+            self._write("\n")
+        self._set_modes()
+
+    def _cut(self, chunk: bytes) -> list[str]:
+        # At the end of input the newline of the last line is made up: it counts.
+        chunk = chunk or b"\n".removeprefix(self._last)
+        self._last = chunk[-1:]
+        lines = self._splitter.feed(chunk)
+        return [
+            f"{line.decode(protocol.ENCODING, 'surrogateescape')}\n" for line in lines
+        ]
+
+    def forget_typed(self) -> None:
+        super().forget_typed()
+        self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
+
+    def nudge(self) -> None:
+        super().nudge()
+        if os.name == "nt" and self._until():
+            self.show("(Please press Enter.)")  # nothing else ends its reading there
+
+    def _show_text(self, text: str) -> None:
+        if self.person and self._prompt:
+            text = f"\n{text}{self._prompt}"
+        self._write(text)
+
+
+# --- keys ---------------------------------------------------------------------------
+
+_JOINER = "\u200d"  # of emoji, and of letters of some scripts
+
+
+def cell_width(char: str) -> int:
+    """Return how many cells of the screen a character takes: 0, 1 or 2."""
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _width_at(text: str, place: int) -> int:
+    """Return how many cells text[place] takes; joined emoji take those of one."""
+    width = cell_width(text[place])
+    if width and place and text[place - 1] == _JOINER:
+        base = place - 1
+        while base and not cell_width(text[base]):
+            base -= 1
+        if cell_width(text[base]) == 2:  # letters that are joined stand side by side
+            return 0
+    return width
+
+
+# Where a key takes the cursor, to the left (by is -1) or to the right.  A character is
+# passed with all that combines with it, so that no key stops inside one.
+def _step(text: str, place: int, by: int) -> int:
+    place = min(max(0, place + by), len(text))
+    while 0 < place < len(text) and not _width_at(text, place):
+        place += by
+    return place
+
+
+def _word(text: str, place: int, by: int, gap: str = r"\W") -> int:
+    """Pass what is between two words, then a word."""
+    for in_gap in (True, False):
+        while (further := _step(text, place, by)) != place:
+            if bool(re.match(gap, text[min(place, further)])) != in_gap:
+                break
+            place = further
+    return place
+
+
+_left, _right, _home, _end = [
+    partial(_step, by=by) for by in (-1, 1, -sys.maxsize, sys.maxsize)
+]
+_word_left, _word_right = partial(_word, by=-1), partial(_word, by=1)
+# key → where it takes the cursor, and whether it cuts what it passes
+_KEYS = {
+    key: (move, cuts)
+    for move, cuts, keys in [
+        (_left, False, "\x02 \x1b[D \x1bOD"),
+        (_left, True, "\x7f \x08"),
+        (_right, False, "\x06 \x1b[C \x1bOC"),
+        (_right, True, "\x04 \x1b[3~"),
+        (_word_left, False, "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D"),
+        (_word_left, True, "\x1b\x7f \x1b\x08"),
+        (_word_right, False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
+        (_word_right, True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
+        (partial(_word_left, gap=r"\s"), True, "\x17"),
+        (_home, False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
+        (_home, True, "\x15"),
+        (_end, False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
+        (_end, True, "\x0b"),
+    ]
+    for key in keys.split(" ")
+}
+_RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
+
+# One key: an escape sequence (also one that breaks off), Alt and a character, or a
+# character.  What matches none of them is the beginning of a sequence.
+_KEY = re.compile(
+    r"\x1b+\[\[?+[0-?]*+[ -/]*+(?:[@-~]|(?=.))"
+    r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b]",
+    re.DOTALL,
+)
+# Around what is pasted.  A key that begins so stands for a whole paste.
+_PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
+_BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
+
+
+class KeyReader:
+    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key.
+
+    Both may be cut anywhere between two reads, also inside a bracket or a character.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
+        self._rest = ""  # the beginning of a key
+        self.pasting = False  # the end of a paste is still to come
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """Add what was read and return the keys that it completes."""
+        self._rest += self._decoder.decode(chunk)
+        keys, place = [], 0
+        self.pasting = False
+        while match := _KEY.match(self._rest, place):
+            key, end = match[0], match.end()
+            if key.endswith(_PASTED):  # a person may have pressed Escape before
+                close = self._rest.find(_PASTE_END, end)
+                if close < 0:
+                    self.pasting = True
+                    break
+                key = _PASTED + self._rest[end:close][:MAX_TYPED_CHARS]
+                end = close + len(_PASTE_END)
+            keys.append(key)
+            place = end
+        self._rest = self._rest[place:]
+        # Too much of one key is forgotten, but not the beginning of the end of a paste.
+        if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:
+            self._rest = self._rest[:MAX_TYPED_CHARS] + self._rest[-len(_PASTE_END) :]
+        return keys
+
+
+class History:
+    """The messages that were sent, and the one being typed as the newest of them."""
+
+    def __init__(self) -> None:
+        self._sent: deque[str] = deque(maxlen=HISTORY_LINES)
+
+    def add(self, text: str) -> None:
+        """Note a message."""
+        if text not in [*self._sent][-1:]:
+            self._sent.append(text)
+
+    def start(self) -> None:
+        """Begin a new message; what was changed in the old ones is as it was sent."""
+        self._drafts = [*self._sent, ""]
+        self._place = len(self._sent)
+
+    def move(self, steps: int, text: str) -> str:
+        """Return the message so many steps newer; text: the one left, as it is now."""
+        self._drafts[self._place] = text
+        self._place = min(max(0, self._place + steps), len(self._drafts) - 1)
+        return self._drafts[self._place]
+
+
+# --- the line editor ----------------------------------------------------------------
+
+# Red is for refusals, magenta for private messages.
+_NAME_COLOURS = (32, 33, 34, 36, 92, 93, 94, 96)
+_MARK_STYLES = {"*": 2, "!": 31, "?": 1}
+_PRIVATE_COLOUR = 35
+# The names in a notice: "NAME has joined …", "… online: NAME, NAME and 3 more.",
+# "… NAME, NAME", "[…] NAME: …"
+_NAMES = re.compile(
+    r"(?:^(?=\S+ has (?:joined|left) )|online: |^… |, |^\[.*?\] )"
+    r"([^\s,]+?)(?=,|: |\.?$| has | and \d)"
+)
+
+
+class LineEditor(Terminal):
+    """Keyboard and screen of a terminal, with the line being typed at the bottom.
+
+    The screen is changed in one write at a time: from the first row of the line down
+    everything is cleared, what others wrote comes there, and prompt and line again
+    below it.  So it is right after each write, whoever's turn it is, and a change of
+    the window's size is one more reason to draw, and no case of its own.
+    """
+
+    _kept_off = _EDITED
+    _idle_reads = 2
+
+    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
+        super().__init__(keyboard, screen, options)
+        self._colours = not os.environ.get("NO_COLOR")
+        self._keys = KeyReader()
+        self._last_key_at = 0.0
+        self._history = History()
+        self._names: dict[str, str] = {}  # that were seen, by their keys; the last last
+        self._fitting: Iterator[str] | None = None  # of them, for Tab once more
+        self._text, self._place = self.draft  # the line being typed, and its cursor
+        self._pasted: deque[str] = deque()  # lines that are to be sent
+        self._shown = ("", "")  # of prompt and line on the screen, around the cursor
+        self._brackets = ""  # that were asked for, or not, around a paste
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        for number in signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT:
+            signal.signal(number, lambda number, _: self._signals.append(number))
+        return self
+
+    def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
+        super()._set_modes(off, flush=flush)
+        before, self._brackets = self._brackets, _BRACKETS_ON if off else _BRACKETS_OFF
+        # A signal handler may be here because the screen takes nothing any more.
+        ready = select.select([], [self._screen], [], QUIET_SECONDS)[1]
+        if self._brackets != before and ready:
+            self._write(self._brackets)
+
+    def _heed(self, number: int) -> None:
+        if number == signal.SIGTSTP:
+            self._stop()
+        elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
+            with self._lock:
+                self._shown = ("", "")  # the shell has written since
+                self._brackets = ""
+                self._set_modes(self._kept_off)
+        elif number != signal.SIGWINCH:  # for which it is enough to wake
+            super()._heed(number)
+
+    def _stop(self) -> None:
+        """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
+        with self._lock:
+            self._end()
+            self._set_modes()
+            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTSTP)
+            signal.signal(signal.SIGTSTP, handler)
+
+    # --- asking ---------------------------------------------------------------------
+
+    def ask(self, prompt: str, until: Fact = _never) -> str | None:
+        """Return the line that is typed, or the next one that was pasted."""
+        if self._pasted:
+            answer: str | None = self._pasted.popleft()
+            self.show(prompt if prompt == PASSWORD else f"{prompt}{answer}")
+            if answer and _is_quit(answer):
+                answer += " "  # with the blank it is a message
+        else:
+            answer = super().ask(prompt, until)
+            if len(self._pasted) > MAX_PASTED_LINES:
+                self._confirm(until)
+        if answer and answer.strip() and prompt == MESSAGE:
+            self._history.add(answer)
+        return answer
+
+    def _confirm(self, until: Fact) -> None:
+        """Ask before many lines are sent; Enter alone means No."""
+        lines, self._pasted = self._pasted, deque()
+        answer = super().ask(f"Send {len(lines)} lines? [y/N] ", until)
+        if (answer or "").strip().lower() in ("y", "yes"):
+            self._pasted = lines
+        else:
+            self.draft = (lines[0], len(lines[0]))
+
+    def _begin(self) -> None:
+        self._text, self._place = "", 0
+        if self._prompt == MESSAGE:
+            (self._text, self._place), self.draft = self.draft, ("", 0)
+        self._history.start()
+        self._draw()
+
+    def _read_line(self) -> str | None:
+        """Let keys change the line until one of them ends it."""
+        while key := self._next():
+            if key in "\r\n":
+                return self._text
+            if key == "\x04" and not self._text:
+                return None
+            with self._lock:
+                self._edit(key)
+                if self._pasted:
+                    break
+                if not self._ahead:  # of many keys at once only the last one is drawn
+                    self._draw()
+        if key is None:
+            return None
+        with self._lock:  # the line goes: something else comes here before it is sent
+            if self._prompt == MESSAGE:
+                self.draft = (self._text, self._place)
+            self._write(self._erase())
+            self._prompt = ""
+        return ""
+
+    def _end(self) -> None:
+        if self._prompt:  # the line stays on the screen, whole
+            text = "" if self._prompt == PASSWORD else self._text
+            self._write(f"{self._erase()}{self._prompt}{text}\n")
+
+    def _edit(self, key: str) -> None:
+        """Change the line as a key asks for.  Caller holds _lock."""
+        if key == "\t":
+            self._complete()
+            return
+        self._fitting = None
+        if key in _KEYS:
+            move, cuts = _KEYS[key]
+            start, end = sorted((self._place, move(self._text, self._place)))
+            if cuts:
+                self._text, self._place = self._text[:start] + self._text[end:], start
+            else:
+                self._place = start + end - self._place
+        elif key in _RECALLS and self._prompt != PASSWORD:
+            self._text = self._history.move(_RECALLS[key], self._text)
+            self._place = len(self._text)
+        elif key == "\x0c":
+            self._write("\x1b[H\x1b[2J")
+            self._shown = ("", "")
+        elif key.startswith(_PASTED):
+            self._paste(key.removeprefix(_PASTED))
+        elif key >= " " and key[0] != "\x1b":
+            self._insert(key)
+
+    def _insert(self, text: str, instead_of: int = 0) -> None:
+        """Insert a text in place of so many characters before the cursor."""
+        before = self._text[: self._place - instead_of]
+        after = self._text[self._place :]
+        text = text[: max(0, MAX_TYPED_CHARS - len(self._text))]
+        self._text, self._place = before + text + after, len(before + text)
+
+    def _paste(self, text: str) -> None:
+        """Insert a line; of a longer text put the lines into _pasted.
+
+        The last one stays here if it has no end, unless there is to be a question.
+        Where no message is typed, only the first line is of use.
+        """
+        first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
+        if not more or self._prompt != MESSAGE:
+            self._insert(first)
+            return
+        *lines, last = self._text[: self._place] + first, *more
+        rest = last + self._text[self._place :]
+        lines = [line for line in lines if line.strip()]
+        if rest.strip() and len(lines) >= MAX_PASTED_LINES:
+            lines, rest, last = [*lines, rest], "", ""
+        self._pasted.extend(lines)
+        self._text, self._place = rest, len(last)
+
+    def _complete(self) -> None:
+        """Complete a name that was seen; once more: the next one that fits."""
+        # Once more, the name that was put in is the stem, and is replaced.
+        stem = self._text[: self._place].rpartition(" ")[2]
+        if self._fitting is None:
+            names = self._others_names(stem)
+            if self._prompt == PASSWORD or not names:
+                self._insert(protocol.clean("\t"))
+                return
+            self._fitting = cycle(names)
+        self._insert(next(self._fitting), instead_of=len(stem))
+
+    def _others_names(self, stem: str) -> list[str]:
+        """Return the names of others that begin so, the one seen last first."""
+        start = protocol.name_key(stem)
+        seen = [name for key, name in self._names.items() if key.startswith(start)]
+        return [name for name in reversed(seen) if not self._mention.fullmatch(name)]
+
+    def _note_names(self, line: ServerLine) -> None:
+        found = _NAMES.findall(line.text) if line.mark == "*" else []
+        for name in [line.name, *found]:
+            if 0 < len(name) <= protocol.MAX_NAME_CHARS:
+                self._names.pop(protocol.name_key(name), None)
+                self._names[protocol.name_key(name)] = name
+        while len(self._names) > NAMES_SEEN:
+            del self._names[next(iter(self._names))]
+
+    # --- the keyboard ---------------------------------------------------------------
+
+    def _cut(self, chunk: bytes) -> list[str]:
+        self._last_key_at = time.monotonic()
+        keys = self._keys.feed(chunk)
+        self._pause = PASTE_SECONDS if self._keys.pasting else QUIET_SECONDS
+        return keys
+
+    def _await_typing(self) -> None:
+        self._watch(PASTE_SECONDS if self._keys.pasting else math.inf)
+        silent = time.monotonic() - self._last_key_at >= PASTE_SECONDS
+        if self._keys.pasting and silent:  # its end got lost
+            self._ahead += self._cut(_PASTE_END.encode())
+        if not self._ahead:  # the window's size has changed, or all is forgotten
+            with self._lock:
+                self._draw()
+
+    def forget_typed(self) -> None:
+        super().forget_typed()
+        self._pasted.clear()
+
+    # --- the screen -----------------------------------------------------------------
+
+    def _style(self, line: ServerLine) -> str:
+        """Return a line in its colours; the person's own name is bold in it."""
+        self._note_names(line)
+        text = super()._style(line)
+        if not self._colours:
+            return text
+        if line.mark:
+            return f"\x1b[{_MARK_STYLES[line.mark]}m{text}\x1b[m"
+        said = self._mention.sub("\x1b[1m\\g<0>\x1b[22m", line.text)
+        if line.private:
+            return f"\x1b[{_PRIVATE_COLOUR}m{text.removesuffix(line.text)}{said}\x1b[m"
+        colour = _NAME_COLOURS[zlib.crc32(line.name.encode()) % len(_NAME_COLOURS)]
+        return f"\x1b[{colour}m{line.name}\x1b[m: {said}" if line.name else text
+
+    def _show_text(self, text: str) -> None:
+        if self._prompt:
+            self._draw(text)
+        else:
+            self._write(text)
+
+    def _erase(self) -> str:
+        """Return what clears prompt and line from the screen.  Caller holds _lock."""
+        before, after = self._shown
+        self._shown = ("", "")
+        up = _places(before + after, self._size()[0])[len(before)][0]
+        # Not from the first cell: at the top of the screen tmux would take that for
+        # clearing all of it, and keep what stood there in its history.
+        return f"\r{_move(up, 'A')}\x1b[K \x1b[J\r"
+
+    def _draw(self, above: str = "") -> None:
+        """Write lines above the prompt, and prompt and line again, in one write.
+
+        Caller holds _lock.
+        """
+        columns, rows = self._size()
+        text, place = self._text, self._place
+        if self._prompt == PASSWORD:
+            text, place = "", 0
+        before, after = _window(
+            f"{self._prompt}{text[:place]}", text[place:], columns, rows - 1
+        )
+        places = _places(before + after, columns)
+        (end_row, end_column), (row, column) = places[-1], places[len(before)]
+        self._write(
+            f"{self._erase()}{above}{before}{after}"
+            # A row that is exactly full: makes the terminal really go to the next one.
+            + (" \r" if end_row and not end_column else "")
+            + f"\r{_move(end_row - row, 'A')}{_move(column, 'C')}"
+        )
+        self._shown = (before, after)
+
+    def _size(self) -> tuple[int, int]:
+        """Return columns and rows of the window, as they are now."""
+        try:
+            columns, rows = os.get_terminal_size(self._screen)
+        except OSError:
+            columns = rows = 0
+        return columns or 80, rows or 24
+
+
+def _move(steps: int, direction: str) -> str:
+    return f"\x1b[{steps}{direction}" if steps else ""
+
+
+def _places(text: str, columns: int) -> list[tuple[int, int]]:
+    """Return row and column of every character, and of the place behind the last."""
+    places = []
+    row = column = 0
+    for place in range(len(text)):
+        width = _width_at(text, place)
+        if column + width > columns:  # a wide character goes to the next row whole
+            row, column = row + 1, 0
+        places.append((row, column))
+        column += width
+    places.append((row, column) if column < columns else (row + 1, 0))
+    return places
+
+
+def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]:
+    """Return the part of a line around the cursor that fits into so many rows."""
+    # Of a very long line look at what may be near only, from the beginning of a row.
+    near = columns * (rows + 1)
+    start = max(0, len(before) - near) // columns * columns
+    before, after = before[start:], after[:near]
+    places = _places(before + after, columns)
+    last_row = max(rows - 1, places[len(before)][0])
+    inside = [last_row - rows < row <= last_row for row, _ in places[:-1]]
+    return (
+        "".join([c for c, shown in zip(before, inside) if shown]),
+        "".join([c for c, shown in zip(after, inside[len(before) :]) if shown]),
+    )
 
 
 if __name__ == "__main__":
