@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
-MODULES = ("protocol.py", "server.py", "client.py", "console.py")
+MODULES = ("protocol.py", "server.py", "client.py")
 AT_ONCE = 2
 TEST_SECONDS = 15  # for one test
 NAMED_SECONDS = 75.0  # for the tests that a mutant names, then they are killed
@@ -525,7 +525,7 @@ rest-of-the-sentence-left-for-the-menu: test_rest_of_the_sentence_is_no_answer_t
 - 
 """
 
-CONSOLE_MUTANTS = r"""
+TERMINAL_MUTANTS = r"""
 cursor-jumps-to-the-end: test_lines_of_others_appear_above
 -             self._draw(text)
 +             self._place = len(self._text)
@@ -641,7 +641,7 @@ MUTANTS = [
     *parse("protocol.py", PROTOCOL_MUTANTS),
     *parse("server.py", SERVER_MUTANTS),
     *parse("client.py", CLIENT_MUTANTS),
-    *parse("console.py", CONSOLE_MUTANTS),
+    *parse("client.py", TERMINAL_MUTANTS),
 ]
 
 
