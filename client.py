@@ -135,19 +135,19 @@ def _open_terminal(options: argparse.Namespace) -> Terminal:
     return LineEditor(keyboard, screen, options)
 
 
+_ADVICE = {
+    socket.gaierror: "is the name after --host spelled as it should be?",
+    ConnectionRefusedError: "start the server there, or give its --port",
+    TimeoutError: "is that computer up, and the port open in its firewall?",
+    OSError: "the system does not allow it",
+}
+
+
 def _explain(error: Exception) -> str:
     """Return why there is no connection, and what to do about that very thing."""
-    match error:
-        case ValueError():
-            return "that is no host (--host takes a name or an address)"
-        case socket.gaierror():
-            advice = "is the name after --host spelled as it should be?"
-        case ConnectionRefusedError():
-            advice = "start the server there, or give its --port"
-        case TimeoutError():
-            advice = "is that computer up, and the port open in its firewall?"
-        case _:
-            advice = "the system does not allow it"
+    if isinstance(error, ValueError):
+        return "that is no host (--host takes a name or an address)"
+    advice = next(text for kind, text in _ADVICE.items() if isinstance(error, kind))
     return f"{_reason(error)} ({advice})"
 
 
