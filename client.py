@@ -294,12 +294,15 @@ class ChatClient:
     def _exchange(self, text: str) -> ServerLine | None:
         """Send a line and return the answer; None if the person leaves."""
         told: Fact = lambda: self._answer or self._full or self._end
-        if self._send(text) and self._terminal.wait(told):
-            self._end_if_full()
-            if not self._answer:
-                raise ConnectionLost(self._end)
-            return self._answer
-        return None
+        if not self._send(text):
+            return None
+        if not self._terminal.wait(told):
+            self._hangs = self._terminal.person  # it has had its LEAVE_SECONDS
+            return None
+        self._end_if_full()
+        if not self._answer:
+            raise ConnectionLost(self._end)
+        return self._answer
 
     # --- chatting -------------------------------------------------------------------
 
@@ -321,16 +324,25 @@ class ChatClient:
         text = self._terminal.ask(MESSAGE, lambda: self._end or self._is_asked())
         if text is None:
             self._terminal.leaving = True
-            self._send("q")
+            with suppress(ConnectionLost):  # then nobody is there to be told
+                self._send("q")
             return False
         try:
             # As it is: cleaned it may be longer than a line may be.
-            if protocol.split_command(text)[0] in SECRET_COMMANDS:
-                return self._exchange(text) is not None
+            if protocol.split_command(protocol.clean(text))[0] in SECRET_COMMANDS:
+                return self._begin_secret(text)
             return not text.strip() or self._send(text)
         except ConnectionLost:
             self._terminal.draft = (text, len(text))
             raise
+
+    def _begin_secret(self, text: str) -> bool:
+        """Send a command that a password follows; False if the person leaves."""
+        answer = self._exchange(text)
+        if answer and answer.mark == "!" and not self._terminal.person:
+            self._status = 1  # the next line in the pipe is the password, for nobody
+            return False
+        return answer is not None
 
     def _tell_secret(self) -> bool:
         """Send a password; False if the person leaves."""
@@ -565,6 +577,7 @@ class Terminal:
         """
         for_ever = patient and not (self.person or self._ending)
         deadline = math.inf
+        self._heed_signals()  # also if there is nothing to wait for, time after time
         while not fact():
             if deadline == math.inf and not for_ever and self._wants_to_leave():
                 deadline = time.monotonic() + LEAVE_SECONDS
@@ -577,7 +590,7 @@ class Terminal:
 
     def _wants_to_leave(self) -> bool:
         """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
-        if self.leaving or self._input_ended and not self._ahead:
+        if self.leaving or self._input_ended and (self.person or not self._ahead):
             return True
         # What is in a pipe is delivered, however long that takes.
         typed = [key for key in self._ahead if not key.startswith(_PASTED)]
@@ -975,7 +988,8 @@ class LineEditor(Terminal):
 
     def _heed(self, number: int) -> None:
         if number == signal.SIGTSTP:
-            self._stop()
+            if not self._keys.pasting:  # the shell would get, and run, the rest
+                self._stop()
         elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
             with self._lock:
                 self._shown = ("", "")  # the shell has written since
@@ -992,6 +1006,8 @@ class LineEditor(Terminal):
             handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTSTP)
             signal.signal(signal.SIGTSTP, handler)
+            # Without a shell to continue it the system has not stopped it at all.
+            self._signals.append(signal.SIGCONT)
 
     # --- asking ---------------------------------------------------------------------
 
@@ -1020,7 +1036,7 @@ class LineEditor(Terminal):
             self.draft = (lines[0], len(lines[0]))
 
     def _begin(self) -> None:
-        self._text, self._place = "", 0
+        self._text, self._place, self._fitting = "", 0, None
         if self._prompt == MESSAGE:
             (self._text, self._place), self.draft = self.draft, ("", 0)
         self._history.start()
@@ -1075,7 +1091,7 @@ class LineEditor(Terminal):
         elif key.startswith(_PASTED):
             self._paste(key.removeprefix(_PASTED))
         elif key >= " " and key[0] != "\x1b":
-            self._insert(key)
+            self._insert(protocol.clean(key))
 
     def _insert(self, text: str, instead_of: int = 0) -> None:
         """Insert a text in place of so many characters before the cursor."""

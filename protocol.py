@@ -293,7 +293,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line on stderr, and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
+        reason = clean(f"{self.prog}: {message} (--help explains the flags)")
+        self.exit(2, f"{reason}\n")
 
 
 def host_name(text: str) -> str:

@@ -113,7 +113,7 @@ MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
 SCHEMA_VERSION = 1  # PRAGMA user_version of the database
 ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
 BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
-RETRY_SECONDS = 0.5  # after a write to the database has failed
+RETRY_SECONDS = 0.2  # after a write to the database has failed
 HANGS_SECONDS = 0.25  # without a new batch: the disk hangs, and nobody waits for it
 CHANGE_SECONDS = 3.0  # that a member waits for a change of its account
 SALT_BYTES = 16
@@ -1338,6 +1338,7 @@ class _Account(NamedTuple):
     p: int
 
 
+_ACCOUNT_COLUMNS = "key, salt, hash, n, r, p"
 _SCHEMA = f"""
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS messages(
@@ -1371,7 +1372,7 @@ class Database:
             self._connection.executescript(_SCHEMA)
             rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
             last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
-            rows = "SELECT key, salt, hash, n, r, p FROM accounts"
+            rows = f"SELECT {_ACCOUNT_COLUMNS} FROM accounts"
             accounts = self._connection.execute(rows).fetchall()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -1416,7 +1417,12 @@ class Database:
             if version > SCHEMA_VERSION:
                 raise sqlite3.Error("a later version of this program made it")
             try:
+                tables = "SELECT name FROM sqlite_master WHERE type = 'table'"
+                if ("messages",) not in database.execute(tables).fetchall():
+                    raise sqlite3.OperationalError
                 database.execute("SELECT id, at, name, text FROM messages LIMIT 0")
+                if ("accounts",) in database.execute(tables).fetchall():
+                    database.execute(f"SELECT {_ACCOUNT_COLUMNS} FROM accounts LIMIT 0")
             except sqlite3.OperationalError:
                 raise sqlite3.Error("it is a database of another program") from None
 
@@ -1551,7 +1557,7 @@ class Database:
         change = _Change(key, account, statement, (key, *values), threading.Event())
         self._recorder.put(change, 1)
         deadline = time.monotonic() + CHANGE_SECONDS
-        while not change.done.wait(RETRY_SECONDS / 10):
+        while not change.done.wait(RETRY_SECONDS / 4):
             if self.closing.is_set() or time.monotonic() > deadline:
                 change.done.set()  # from now on the recorder passes it over
         if self._accounts.get(key) is not account:
@@ -1568,7 +1574,7 @@ class Database:
         self, password: bytes, account: _Account, given_up: Callable[[], bool]
     ) -> bytes:
         """Return a scrypt hash.  Raises ProtocolError if it was given up, or at the end."""
-        while not self._hashing.acquire(timeout=RETRY_SECONDS / 10):
+        while not self._hashing.acquire(timeout=RETRY_SECONDS / 4):
             if self.closing.is_set() or given_up():
                 raise ProtocolError("There was no time for the password.")
         try:
