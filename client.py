@@ -329,20 +329,32 @@ class ChatClient:
             return False
         try:
             # As it is: cleaned it may be longer than a line may be.
-            if protocol.split_command(protocol.clean(text))[0] in SECRET_COMMANDS:
-                return self._begin_secret(text)
+            command, _ = protocol.split_command(protocol.clean(text))
+            if command in SECRET_COMMANDS:
+                return self._begin_secret(text, command)
             return not text.strip() or self._send(text)
         except ConnectionLost:
             self._terminal.draft = (text, len(text))
             raise
 
-    def _begin_secret(self, text: str) -> bool:
+    def _begin_secret(self, text: str, command: str) -> bool:
         """Send a command that a password follows; False if the person leaves."""
-        answer = self._exchange(text)
-        if answer and answer.mark == "!" and not self._terminal.person:
+
+        def refused() -> bool:
+            # In a pipe for sure: an earlier line may be what was refused.
+            answer, sure = self._answer, not self._terminal.person
+            return answer is not None and (answer.text.startswith(command) or not sure)
+
+        if not self._send(text):
+            return False
+        told: Fact = lambda: self._end or self._is_asked() or refused()
+        if not self._terminal.wait(told):
+            self._hangs = self._terminal.person  # it has had its LEAVE_SECONDS
+            return False
+        if refused() and not self._terminal.person:
             self._status = 1  # the next line in the pipe is the password, for nobody
             return False
-        return answer is not None
+        return True
 
     def _tell_secret(self) -> bool:
         """Send a password; False if the person leaves."""

@@ -595,7 +595,8 @@ class ChatServer:
     def _obey(self, client: _Client, command: str, rest: str) -> None:
         """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
         if command not in self._commands:
-            raise ProtocolError("No such command: see /help (//TEXT says /TEXT).")
+            word = command[: protocol.MAX_NAME_CHARS]  # first: our client looks for it
+            raise ProtocolError(f"{word} is no command: see /help (//TEXT says /TEXT).")
         obey, _, _ = self._commands[command]
         obey(self, client, rest)
 
