@@ -341,9 +341,8 @@ class ChatClient:
         """Send a command that a password follows; False if the person leaves."""
 
         def refused() -> bool:
-            # In a pipe for sure: an earlier line may be what was refused.
-            answer, sure = self._answer, not self._terminal.person
-            return answer is not None and (answer.text.startswith(command) or not sure)
+            # An earlier line may be what was refused; our server names the command.
+            return self._answer is not None and self._answer.text.startswith(command)
 
         if not self._send(text):
             return False

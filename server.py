@@ -1005,11 +1005,13 @@ class _Broadcaster:
         While one is near that, the next pass comes later: in proportion to the bytes
         that this one took in, and to how far beyond half of its limit the member is.
         """
-        place, most, spot_bytes = self._passed, 0, 0
+        place, most = self._passed, 0
+        together = sum(member.spot_bytes for member in self._slow)
+        worst = max((member.spot_bytes for member in self._slow), default=0)
         for member in tuple(self._slow):
             unsent = self._end - member.place + member.spot_bytes
-            spot_bytes += member.spot_bytes
-            if unsent > MAX_UNSENT_BYTES or spot_bytes > MAX_SPOT_BYTES:
+            is_worst = together > MAX_SPOT_BYTES and member.spot_bytes == worst
+            if unsent > MAX_UNSENT_BYTES or is_worst:
                 member.dropped = f"too slow, {unsent} bytes waited for it"
                 self._drop(member)
             else:

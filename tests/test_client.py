@@ -2100,7 +2100,7 @@ def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
     caller = join(puppet, alex)
     alex.type(f"/register{ENTER}")
     assert caller.line() == "/register"
-    caller.say("! Not just now.")
+    caller.say("! /register is no command.")
     half = "" if kind == "dumb" else "half"
     alex.type(half)
     alex.wait_until(lambda: alex.screen.rows[-1] == f"You: {half}".rstrip())
