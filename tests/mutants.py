@@ -501,8 +501,11 @@ password-shown: test_password_in_the_chat or test_password_in_a_pipe
 - PASSWORD = "Password: "
 + MESSAGE = PASSWORD = "Password: "
 question-not-waited-for: test_password_in_a_pipe
-- if protocol.split_command(text)[0] in SECRET_COMMANDS:
+- if command in SECRET_COMMANDS:
 + if False:
+earlier-refusal-taken-for-the-answer: test_refusal_of_an_earlier_line
+- self._answer.text.startswith(command)
++ self._answer.mark == "!"
 pasted-q-without-blank: test_pasted_q_is_text
 -                 answer += " "
 +                 answer += ""

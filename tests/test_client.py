@@ -2119,6 +2119,42 @@ def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
     assert PASSWORD not in alex.output
 
 
+def test_refusal_of_an_earlier_line_does_not_show_a_piped_password(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.write(f"1\nAlex\n/foo\n/register\n{PASSWORD}\nq\n")
+    caller = puppet.welcome()
+    assert caller.lines(2) == ["/foo", "/register"]
+
+    caller.say("! /foo is no command.")
+    caller.say("? The new password?")
+
+    assert caller.lines(2) == [PASSWORD, "q"]
+    caller.close()
+    status, output = piped.end()
+    assert status == 0
+    assert "Password: " in output
+    assert PASSWORD not in "\n".join(output)
+
+
+def test_piped_password_is_said_to_nobody_if_the_command_is_refused(
+    puppet: Puppet, start_piped: StartPiped
+) -> None:
+    piped = start_piped(puppet.address)
+    piped.write(f"1\nAlex\n/register\n{PASSWORD}\nq\n")
+    caller = puppet.welcome()
+    assert caller.line() == "/register"
+
+    caller.say("! /register is no command.")
+
+    assert caller.rest() == []
+    caller.close()
+    status, output = piped.end()
+    assert status == 1
+    assert PASSWORD not in "\n".join(output)
+
+
 def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(
     puppet: Puppet, start_piped: StartPiped
 ) -> None:
