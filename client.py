@@ -1048,6 +1048,7 @@ class LineEditor(Terminal):
 
     def _begin(self) -> None:
         self._text, self._place, self._fitting = "", 0, None
+        self._was_pasted = False  # what was done last to the line being typed
         if self._prompt == MESSAGE:
             (self._text, self._place), self.draft = self.draft, ("", 0)
         self._history.start()
@@ -1057,7 +1058,11 @@ class LineEditor(Terminal):
         """Let keys change the line until one of them ends it."""
         while key := self._next():
             if key in "\r\n":
-                return self._text
+                if not (self._was_pasted and _is_quit(self._text)):
+                    return self._text
+                self._pasted.append(self._text)  # it is text, and no wish to leave
+                self._text, self._place = "", 0
+                break
             if key == "\x04" and not self._text:
                 return None
             with self._lock:
@@ -1082,6 +1087,7 @@ class LineEditor(Terminal):
 
     def _edit(self, key: str) -> None:
         """Change the line as a key asks for.  Caller holds _lock."""
+        self._was_pasted = False
         if key == "\t":
             self._complete()
             return
@@ -1101,6 +1107,7 @@ class LineEditor(Terminal):
             self._shown = ("", "")
         elif key.startswith(_PASTED):
             self._paste(key.removeprefix(_PASTED))
+            self._was_pasted = self._prompt == MESSAGE
         elif key >= " " and key[0] != "\x1b":
             self._insert(protocol.clean(key))
 

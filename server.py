@@ -83,8 +83,6 @@ MAX_OUTBOX_BYTES = 256 * 1024
 # A member may be so far behind.  The stream is shared: all slow readers together hold
 # this much once, not each.
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
-# The spots of all slow readers together may take so much: the answers to /history, say.
-MAX_SPOT_BYTES = 32 * 1024 * 1024
 # An entry takes so much memory besides its bytes, and so does a spot.
 ENTRY_BYTES = 200
 TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
@@ -230,7 +228,7 @@ class ChatServer:
         self._poll_at = 0.0  # when to look at them next
 
         # Guards the names below, and the outbox, which change together.  Held for table
-        # operations only: never while sending, receiving or joining a thread.
+        # operations only: never while sending to members, receiving or joining a thread.
         self._lock = threading.Lock()
         self.clients: dict[str, socket.socket] = {}  # username → socket
         self._owners: dict[str, _Client] = {}  # name_key() of these names → member
@@ -281,11 +279,9 @@ class ChatServer:
         with self._lock:
             late = list(takewhile(lambda client: client.join_by <= now, self._unjoined))
             for client in late:
-                del self._unjoined[client]
+                reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
+                self._drop_unjoined(client, "it has not joined in time", reason)
             due = [client.join_by for client in islice(self._unjoined, 1)]
-        for client in late:
-            reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
-            self._drop_unjoined(client, "it has not joined in time", reason)
         if self._lingering:
             due.append(self._poll_at)
         return min([self._accept_at, *due]) - now
@@ -323,7 +319,6 @@ class ChatServer:
 
         Returns False if the chat is full of members.
         """
-        oldest = None
         with self._lock:
             if len(self._connections) >= 2 * self._max_clients:
                 return False  # there are handlers that have not ended yet
@@ -331,19 +326,21 @@ class ChatServer:
                 oldest = next(iter(self._unjoined), None)
                 if not oldest:
                     return False
-                del self._unjoined[oldest]
+                why = "it had not joined, and others need the room"
+                reason = "Others need the room, and you have not joined."
+                self._drop_unjoined(oldest, why, reason)
             self._connections[client.socket] = client
             self._unjoined[client] = None
-        if oldest:
-            why = "it had not joined, and others need the room"
-            reason = "Others need the room, and you have not joined."
-            self._drop_unjoined(oldest, why, reason)
         return True
 
     def _drop_unjoined(self, client: _Client, why: str, reason: str) -> None:
-        """End a client that can no longer join; `reason` is for it, `why` for us."""
-        client.dropped = why
+        """End a client that has not joined; `reason` is for it, `why` for the terminal.
+
+        Caller holds _lock: the handler is to end only after the line has been sent.
+        """
         _send_at_once(client, protocol.refusal(reason))
+        del self._unjoined[client]
+        client.dropped = why
         _shut(client.socket, socket.SHUT_RD)  # wakes its handler
 
     def _turn_away(self, client: _Client, advice: str) -> None:
@@ -706,15 +703,15 @@ class ChatServer:
         self._accept_at = FOREVER
         self._listener.close()
         with self._lock:
-            unjoined, self._unjoined = self._unjoined, {}
+            for client in self._unjoined:
+                _send_at_once(client, notice)
+                _shut(client.socket, socket.SHUT_RD)
+            self._unjoined.clear()
             clients = list(self._connections.values())
             self._broadcaster.give_up_at = deadline
             self._outbox.append(_Entry(None, notice))
             self._outbox.close()
         self._broadcaster.wake()
-        for client in unjoined:
-            _send_at_once(client, notice)
-            _shut(client.socket, socket.SHUT_RD)
         broadcaster.join()
         try:
             self._await_hang_ups(min(deadline, time.monotonic() + HANG_UP_SECONDS))
@@ -1006,12 +1003,9 @@ class _Broadcaster:
         that this one took in, and to how far beyond half of its limit the member is.
         """
         place, most = self._passed, 0
-        together = sum(member.spot_bytes for member in self._slow)
-        worst = max((member.spot_bytes for member in self._slow), default=0)
         for member in tuple(self._slow):
             unsent = self._end - member.place + member.spot_bytes
-            is_worst = together > MAX_SPOT_BYTES and member.spot_bytes == worst
-            if unsent > MAX_UNSENT_BYTES or is_worst:
+            if unsent > MAX_UNSENT_BYTES:
                 member.dropped = f"too slow, {unsent} bytes waited for it"
                 self._drop(member)
             else:
@@ -1496,7 +1490,7 @@ class Database:
             for change in changes:
                 change.done.set()
             changes = []
-            if self.closing.wait(RETRY_SECONDS):
+            if values and self.closing.wait(RETRY_SECONDS):
                 self._tell_gap(len(values) // 3)
                 return
         if self._failing:

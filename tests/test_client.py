@@ -1809,6 +1809,14 @@ def test_pasted_q_is_text_and_goes_out_with_a_blank(chat: Chat) -> None:
     ]
 
 
+def test_pasted_q_without_a_newline_is_text_too(chat: Chat) -> None:
+    alex, bob = chat()
+
+    alex.type(f"{paste('q')}{ENTER}")
+
+    assert bob.line() == "Alex: q "
+
+
 @pytest.mark.parametrize("answer", ["y", " Y ", "yes"])
 @pytest.mark.parametrize("last", ["", "line 19"])
 def test_long_paste_is_sent_after_a_yes(chat: Chat, answer: str, last: str) -> None:
