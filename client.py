@@ -266,9 +266,10 @@ class ChatClient:
 
     def _send_name(self, name: str) -> ServerLine | None:
         """Return the server's answer to a name; None if the person leaves."""
+        self._check_connection()  # a refusal from before is no answer to the name
         try:
             return self._exchange(name)
-        except ConnectionLost:  # while the person thought about it
+        except ConnectionLost:  # between that look and now
             self._check_connection()
             return self._exchange(name)
 
