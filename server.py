@@ -1450,6 +1450,8 @@ class Database:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
         self._last.extend([(at, name, text) for text in texts])
+        if not self._recorder.unwritten:
+            self._active_at = time.monotonic()  # the recorder is about to begin
         self._recorder.put(_Said(at, name, texts), len(texts))
 
     def wait_for_room(self) -> None:
