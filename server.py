@@ -716,16 +716,20 @@ class ChatServer:
         try:
             self._await_hang_ups(min(deadline, time.monotonic() + HANG_UP_SECONDS))
         finally:
-            with self._lock:
-                for client_socket in self._connections:
-                    _shut(client_socket, socket.SHUT_RDWR)
-            for client in clients:
-                if client.thread:
-                    client.thread.join()
-            for client_socket in self._lingering:
-                client_socket.close()
-            self._broadcaster.close()
-            self._arrivals.close()
+            self._end_handlers(clients)
+
+    def _end_handlers(self, clients: list[_Client]) -> None:
+        """Wake the handlers that are left, wait for all, and close what they held."""
+        with self._lock:
+            for client_socket in self._connections:
+                _shut(client_socket, socket.SHUT_RDWR)
+        for client in clients:
+            if client.thread:
+                client.thread.join()
+        for client_socket in self._lingering:
+            client_socket.close()
+        self._broadcaster.close()
+        self._arrivals.close()
 
     def _await_hang_ups(self, deadline: float) -> None:
         """Wait until all connections have ended, or the time has come."""
