@@ -49,7 +49,7 @@ from contextlib import closing
 from functools import partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import protocol
 from protocol import ProtocolError
@@ -113,7 +113,6 @@ ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statemen
 BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
 RETRY_SECONDS = 0.2  # after a write to the database has failed
 HANGS_SECONDS = 1.0  # without a new batch: the disk hangs, and nobody waits for it
-CHANGE_SECONDS = 3.0  # that a member waits for a change of its account
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
@@ -150,7 +149,7 @@ class _Client:
         self.dropped = ""  # why we end it: its handler reads no more
         self.lost = ""  # why its peer is gone; what that had sent is still read,
         self.read_until = FOREVER  # until then
-        self.released: threading.Event | None = None  # set after the last send to it
+        self.is_sent_to = False  # by the broadcaster, from its joining to its end
         # The broadcaster's own: the offset in the stream up to which this member has
         # been sent all, and the spots behind it where it sees its own face of an entry
         # instead of the bytes from start to end.
@@ -217,14 +216,13 @@ class ChatServer:
         host, port = self._listener.getsockname()[:2]
         self.address = _format_address((host, port))
         self.is_local = host == "::1" or host.startswith("127.")
-        self._accept_at = FOREVER  # when to try again, after something has run out
-        self._exhausted = False  # it has, and the terminal was told
+        self._exhausted = False  # something has run out, and the terminal was told
         self._arrivals = _Selector()  # watches the listener; stop() wakes it
         self._arrivals.register(self._listener, selectors.EVENT_READ)
         self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
-        # Connections that we have ended, until the peer ends them too: socket → the
-        # time at which we wait no longer.  Handlers add, only the main thread removes.
-        self._lingering: dict[socket.socket, float] = {}
+        # Clients without a handler, until their peers have ended the connection too, and
+        # the time up to which we wait.  Handlers add, only the main thread removes.
+        self._lingering: dict[_Client, float] = {}
         self._poll_at = 0.0  # when to look at them next
 
         # Guards the names below, and the outbox, which change together.  Held for table
@@ -235,7 +233,7 @@ class ChatServer:
         self._unjoined: dict[_Client, None] = {}  # in order of arrival
         self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
         self._outbox = _Outbox(self._lock, tell)
-        self._broadcaster = _Broadcaster(self._outbox, self._release_all)
+        self._broadcaster = _Broadcaster(self._outbox, on_end=self.stop)
 
     def serve(self) -> None:
         """Run the chat until stop() is called, or the broadcaster ends with a bug."""
@@ -267,15 +265,16 @@ class ChatServer:
     def _meet_deadlines(self) -> float:
         """Do what is due; return the seconds until more may be."""
         now = time.monotonic()
-        if now >= self._accept_at:
-            self._accept_at = FOREVER
-            self._arrivals.register(self._listener, selectors.EVENT_READ)
         if now >= self._poll_at:
             self._poll_at = now + POLL_SECONDS
-            for client_socket, close_at in self._lingering.copy().items():
-                if now >= close_at or _has_ended(client_socket):
-                    del self._lingering[client_socket]
-                    client_socket.close()
+            for client, close_at in self._lingering.copy().items():
+                too_long = now >= close_at
+                if client.is_sent_to:
+                    if too_long:
+                        _shut(client.socket, socket.SHUT_RDWR)  # the next send fails
+                elif too_long or _has_ended(client.socket):
+                    del self._lingering[client]
+                    client.socket.close()
         with self._lock:
             late = list(takewhile(lambda client: client.join_by <= now, self._unjoined))
             for client in late:
@@ -284,7 +283,7 @@ class ChatServer:
             due = [client.join_by for client in islice(self._unjoined, 1)]
         if self._lingering:
             due.append(self._poll_at)
-        return min([self._accept_at, *due]) - now
+        return min(due, default=FOREVER) - now
 
     def _accept_one(self) -> None:
         try:
@@ -347,25 +346,25 @@ class ChatServer:
         """Tell a newcomer that there is no room; it gets no thread."""
         self._tell(f"Refused {client}: the chat is full")
         _send_at_once(client, protocol.refusal(f"{protocol.FULL}, {advice}."))
-        self._linger(client.socket)
+        self._linger(client)
 
     def _accept_later(self, error: Exception) -> None:
         """Pause accepting: the listener stays readable, and the loop would spin."""
         if not self._exhausted:
             self._tell(f"Cannot take new clients for now: {error}")
         self._exhausted = True
-        self._accept_at = time.monotonic() + ACCEPT_PAUSE_SECONDS
-        self._arrivals.unregister(self._listener)
+        time.sleep(ACCEPT_PAUSE_SECONDS)
 
-    def _linger(self, client_socket: socket.socket) -> None:
+    def _linger(self, client: _Client) -> None:
         """End our side of a connection, and give the peer a moment to end its own.
 
         A close with input unread would reset the connection, and could cost the peer
-        the last lines to it.
+        the last lines to it.  To a member the broadcaster has still to send these.
         """
-        _shut(client_socket, socket.SHUT_WR)
-        client_socket.setblocking(False)
-        self._lingering[client_socket] = time.monotonic() + LINGER_SECONDS
+        if not client.is_sent_to:
+            _shut(client.socket, socket.SHUT_WR)
+        client.socket.setblocking(False)
+        self._lingering[client] = time.monotonic() + LINGER_SECONDS
         self._arrivals.wake()
 
     # --- one client: its handler ----------------------------------------------------
@@ -399,7 +398,7 @@ class ChatServer:
         self.remove_client(client.socket)
         if not client.name:
             self._tell(f"Closed connection from {client}")
-        self._linger(client.socket)
+        self._linger(client)
         with self._lock:
             del self._connections[client.socket]
         self._arrivals.wake()  # at the end the main thread waits for this
@@ -438,13 +437,7 @@ class ChatServer:
                 return False
             try:
                 if text := protocol.decode_message(line):
-                    name = protocol.check_name(text)
-                    account = self._database.account(name) if self._database else None
-                    if account and not self._asks_password(
-                        client, name, account, lines
-                    ):
-                        return False
-                    return self._join(client, name, account)
+                    return self._admit(client, protocol.check_name(text), lines)
             except ProtocolError as error:
                 tried += 1
                 reason = str(error)
@@ -456,27 +449,23 @@ class ChatServer:
                     return False
         return False
 
-    def _asks_password(
-        self,
-        client: _Client,
-        name: str,
-        account: _Account,
-        lines: Iterator[list[bytes]],
-    ) -> bool:
-        """Ask for the password of a name that is kept; False if the client ends instead.
+    def _admit(self, client: _Client, name: str, lines: Iterator[list[bytes]]) -> bool:
+        """Make the client a member, if need be once it has said the password.
 
-        Raises ProtocolError for a wrong one, and while the owner is in.
+        Returns False if the client ends instead; raises ProtocolError if the name is
+        taken, or the password a wrong one.
         """
-        assert self._database
-        self._check_free(name)
-        question = f"The name {name} is kept for its owner. What is the password?"
-        _send_at_once(client, protocol.question(question))
-        (line,) = next(lines, [b"q"])
-        if line in protocol.QUIT_LINES:
-            return False
-        if not self._database.is_password(account, line, lambda: client.dropped != ""):
-            raise ProtocolError(f"That is not the password of {name}.")
-        return True
+        account = None
+        if self._database and (account := self._database.account(name)):
+            self._check_free(name)
+            question = f"The name {name} is kept for its owner. What is the password?"
+            _send_at_once(client, protocol.question(question))
+            (line,) = next(lines, [b"q"])
+            if line in protocol.QUIT_LINES:
+                return False
+            if not self._database.is_password(account, line):
+                raise ProtocolError(f"That is not the password of {name}.")
+        return self._join(client, name, account)
 
     def _check_free(self, name: str) -> None:
         if protocol.name_key(name) in self._owners:
@@ -501,7 +490,7 @@ class ChatServer:
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
-            client.name = name
+            client.name, client.is_sent_to = name, True
             notices = b"".join(map(protocol.notice, welcome))
             entry = _Entry(client, protocol.notice(joined), notices, joins=True)
             self._outbox.append(entry, f"User {joined}")
@@ -579,7 +568,7 @@ class ChatServer:
         assert client
         with self._lock:
             has_room = self._outbox.wait_for_room(entry)
-            here = not client.released
+            here = self.clients.get(client.name) is client.socket
             if has_room and here:
                 self._outbox.append(entry, told)
                 if said and self._database:
@@ -641,16 +630,17 @@ class ChatServer:
 
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
-        self._database.keep(client.name, protocol.check_password(line))
-        self._answer(client, f"The name {client.name} is now kept for you.")
+        kept = f"The name {client.name} is now kept for you."
+        then = partial(self._answer, client, kept)
+        self._database.keep(client.name, protocol.check_password(line), then)
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
-        self._database.give_up(client.name)
-        self._answer(client, f"The name {client.name} is no longer kept.")
+        given_up = f"The name {client.name} is no longer kept."
+        self._database.give_up(client.name, partial(self._answer, client, given_up))
 
     def remove_client(self, client_socket: socket.socket) -> None:
-        """Take a member off the list, tell the others, wait for the last send to it.
+        """Take a client off the list, and tell the others that a member has left.
 
         Its handler calls this.  For a client that has not joined, or called again, it
         announces nothing.
@@ -664,26 +654,10 @@ class ChatServer:
             del self._owners[protocol.name_key(client.name)]
             left = protocol.notice(f"{client.name} has left the chat.")
             told = f"Removing user: {client.name} from clients"
-            if self._outbox.closed.is_set():
-                client.released = self._broadcaster.ended
-                self._tell(told)
-            else:
-                client.released = threading.Event()
-                self._outbox.append(_Entry(client, left, leaves=True), told)
+            self._outbox.append(_Entry(client, left, leaves=True), told)
         self._broadcaster.wake()
-        if not client.released.wait(LINGER_SECONDS):
-            _shut(client_socket, socket.SHUT_RDWR)  # makes the next send fail
-            client.released.wait()
 
     # --- the end --------------------------------------------------------------------
-
-    def _release_all(self) -> None:
-        """Let no handler wait for a send, once there will be none.  Ends the server."""
-        with self._lock:
-            for client in self._connections.values():
-                if client.released:
-                    client.released.set()
-        self.stop()
 
     def _shut_down(self, broadcaster: threading.Thread) -> None:
         """End in order, within SHUTDOWN_SECONDS.
@@ -698,9 +672,7 @@ class ChatServer:
         if self._database:
             self._database.closing.set()
         notice = protocol.notice("Server is shutting down.")
-        if self._accept_at == FOREVER:
-            self._arrivals.unregister(self._listener)
-        self._accept_at = FOREVER
+        self._arrivals.unregister(self._listener)
         self._listener.close()
         with self._lock:
             for client in self._unjoined:
@@ -726,8 +698,8 @@ class ChatServer:
         for client in clients:
             if client.thread:
                 client.thread.join()
-        for client_socket in self._lingering:
-            client_socket.close()
+        for client in self._lingering:
+            client.socket.close()
         self._broadcaster.close()
         self._arrivals.close()
 
@@ -784,14 +756,15 @@ class _Outbox:
         return not self.closed.is_set()
 
     def append(self, entry: _Entry, told: str = "") -> None:
-        """Add an entry; `told` is for the terminal, which so keeps the same order.
+        """Add an entry, unless closed; `told` is for the terminal, in the same order.
 
         The broadcaster is to be woken afterwards, without the lock.
         """
         if told:
             self._tell(told)
-        self._entries.append(entry)
-        self._bytes += entry.size()
+        if not self.closed.is_set():
+            self._entries.append(entry)
+            self._bytes += entry.size()
 
     def take(self) -> list[_Entry]:
         """Return all entries and have room again; for the broadcaster."""
@@ -802,7 +775,7 @@ class _Outbox:
             return entries
 
     def close(self) -> None:
-        """Accept no more messages; what was appended is still sent."""
+        """Take no more entries; what was appended is still sent."""
         self.closed.set()
         self._has_room.notify_all()
 
@@ -830,7 +803,6 @@ class _Broadcaster:
         self._passed = 0  # the place up to which all but the slow ones have been sent
         self._pass_at = 0.0  # no pass before then
         self.give_up_at = FOREVER  # on slow readers; set before the outbox is closed
-        self.ended = threading.Event()  # the last send to anybody is done
 
     def run(self) -> None:
         """Send all that is appended until the outbox is closed and empty.
@@ -902,8 +874,6 @@ class _Broadcaster:
             if client in self._members:
                 end = sys.maxsize if leaves else self._end
                 self._add_spot(client, start, end, to_self)
-            elif client.released:
-                client.released.set()  # dropped before its leaving
         return sum(len(entry.to_others) + len(entry.to_self) for entry in entries)
 
     def _add_spot(self, member: _Client, start: int, end: int, face: bytes) -> None:
@@ -936,7 +906,7 @@ class _Broadcaster:
                 sent = 0
             except OSError as error:
                 member.lose(error.strerror or str(error))
-                self._drop(member)
+                self._stop_sending(member)
                 continue
             if member.spots:
                 self._advance(member, sent)
@@ -998,7 +968,7 @@ class _Broadcaster:
                 self._slow[member] = None
             except OSError as error:
                 member.dropped = f"too slow, and {error.strerror}"
-                self._drop(member)
+                self._stop_sending(member)
 
     def _mind_slow_readers(self, taken: int) -> None:
         """Forget what all members have; drop a member that is too far behind.
@@ -1011,7 +981,7 @@ class _Broadcaster:
             unsent = self._end - member.place + member.spot_bytes
             if unsent > MAX_UNSENT_BYTES:
                 member.dropped = f"too slow, {unsent} bytes waited for it"
-                self._drop(member)
+                self._stop_sending(member)
             else:
                 place, most = min(place, member.place), max(most, unsent)
         del self._stream[: place - (self._end - len(self._stream))]
@@ -1020,31 +990,28 @@ class _Broadcaster:
             fullness = min(1.0, taken / MAX_OUTBOX_BYTES)
             self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure * fullness
 
-    def _drop(self, member: _Client) -> None:
-        """End a member that is too slow, or lost; its handler does the rest.
-
-        One that is lost is not shut down: what it had sent can still be read.
-        """
-        self._stop_sending(member)
-        if member.dropped:
-            _shut(member.socket, socket.SHUT_RDWR)
-
     def _stop_sending(self, member: _Client) -> None:
-        """Send nothing more to a member; if it is leaving, its handler need not wait."""
+        """Send nothing more to a member that has left, or is lost, or dropped.
+
+        What one that is lost had sent can still be read.
+        """
         del self._members[member]
         if member in self._slow:
             del self._slow[member]
             self._writable.unregister(member.socket)
-        if member.released:
-            member.released.set()
+        self._end_sending(member)
+
+    def _end_sending(self, member: _Client) -> None:
+        how = socket.SHUT_RDWR if member.dropped else socket.SHUT_WR
+        _shut(member.socket, how)
+        member.is_sent_to = False  # now the main thread may close it
 
     def _hang_up(self) -> None:
-        """Close our side of all connections to members; no handler waits any longer."""
+        """End our side of the connections to all members."""
         with self._outbox.lock:
             self._outbox.close()
         for member in self._members:
-            _shut(member.socket, socket.SHUT_WR)
-        self.ended.set()
+            self._end_sending(member)
         self._on_end()
 
 
@@ -1104,22 +1071,16 @@ class _Throttle:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a listener on the first address of the host that can be had."""
-    failure: OSError | None = None
-    for family, _, _, _, address in socket.getaddrinfo(
+    """Return a listener on an address of the host."""
+    addresses = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    ):
-        try:
-            # It sets SO_REUSEADDR where that is what lets a restarted server have its
-            # port back at once.
-            listener = socket.create_server(
-                address, family=family, backlog=LISTEN_BACKLOG
-            )
-            listener.setblocking(False)
-            return listener
-        except OSError as error:
-            failure = failure or error
-    raise failure or OSError(errno.EADDRNOTAVAIL, "no address")
+    )
+    # IPv4 if the host has both, as the default host is.
+    family, *_, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
+    # It sets SO_REUSEADDR where that lets a restarted server have its port at once.
+    listener = socket.create_server(address, family=family, backlog=LISTEN_BACKLOG)
+    listener.setblocking(False)
+    return listener
 
 
 def _set_options(client_socket: socket.socket) -> None:
@@ -1200,64 +1161,64 @@ def _format_address(address: tuple[str, int]) -> str:
 # --- the terminal -------------------------------------------------------------------
 
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
-class Recorder(Generic[T]):
+class Recorder(Generic[Item]):
     """Writes to one output from a thread of its own, so that a slow one stops nothing.
 
-    What is too much is left out and counted.  (logging's QueueListener would serve the
-    terminal but that its stop() waits for one that is stuck, and that its queue counts
-    records, of which one may hold many lines.)
+    Items that are too many are left out and counted.  (logging's QueueListener would
+    serve the terminal, but its stop() waits for an output that is stuck.)
     """
 
-    def __init__(
-        self, write: Callable[[list[T]], None], note_gap: Callable[[int], T | None]
-    ) -> None:
-        """write: writes a batch; it may block.  note_gap: is told how much was left out
-        before the next item that fits, and may return one to be written in its place.
-        """
-        self._write = write
-        self._note_gap = note_gap
+    def __init__(self) -> None:
         # Guards the names below.  Not held while writing.
         self._changed = threading.Condition()
-        self._batch: list[T] = []
-        self.unwritten = 0  # lines or messages, those being written included
+        self._batch: list[Item] = []
+        self._unwritten = 0  # items, those being written included
         self._left_out = 0
+        self._begun_at = 0.0  # when the recorder took a batch, or was woken for one
         self._closed = False
-        # A daemon, since nothing can wake a write to a terminal that is stuck; it holds
-        # no lock then that the interpreter's exit needs.
+        # A daemon, since nothing can wake a write that is stuck; it holds no lock then
+        # that the interpreter's exit needs.
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
-    def put(self, item: T, size: int) -> None:
-        """Queue an item of so many lines or messages.  Never waits."""
+    def _write(self, batch: list[Item]) -> None:
+        """Write a batch, however long that takes."""
+        raise NotImplementedError
+
+    def _tell_gap(self, items: int) -> None:
+        """Tell that so many were left out, before the next one that fits."""
+        raise NotImplementedError
+
+    def put(self, items: Sequence[Item]) -> None:
+        """Queue items, all of them or none.  Never waits."""
         with self._changed:
-            if self.unwritten + size > MAX_UNWRITTEN:
-                self._left_out += size
+            if self._unwritten + len(items) > MAX_UNWRITTEN:
+                self._left_out += len(items)
                 return
-            if self._left_out:
-                self._end_gap()
-            self._batch.append(item)
-            self.unwritten += size
-            if len(self._batch) == 1:
+            self._end_gap()
+            if not self._unwritten:
+                self._begun_at = time.monotonic()
                 self._changed.notify_all()
+            self._batch += items
+            self._unwritten += len(items)
 
     def close(self, seconds: float) -> int:
         """Write all that was put, for so long at most; return how much is left."""
         with self._changed:
-            if self._left_out:
-                self._end_gap()
+            self._end_gap()
             self._closed = True
             self._changed.notify_all()
         self._thread.join(seconds)
-        return self.unwritten
+        return self._unwritten
 
     def _end_gap(self) -> None:
         """Caller holds _changed."""
-        if (item := self._note_gap(self._left_out)) is not None:
-            self._batch.append(item)
-        self._left_out = 0
+        if self._left_out:
+            self._tell_gap(self._left_out)
+            self._left_out = 0
 
     def _run(self) -> None:
         while True:
@@ -1267,13 +1228,13 @@ class Recorder(Generic[T]):
                     return
                 self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
                 batch, self._batch = self._batch, []
-                size = self.unwritten
+                size, self._begun_at = self._unwritten, time.monotonic()
             self._write(batch)
             with self._changed:
-                self.unwritten -= size
+                self._unwritten -= size
 
 
-class Terminal:
+class Terminal(Recorder[str]):
     """The recorder of what the server's terminal shows."""
 
     def __init__(self, *, times: bool = False) -> None:
@@ -1283,16 +1244,18 @@ class Terminal:
         screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
         self._descriptor = screen
         self._encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
-        self._recorder = Recorder(self._write, "({} lines left out)".format)
-        self.close = self._recorder.close
+        super().__init__()
 
     def tell(self, lines: str) -> None:
         """Show one line or several, without the last newline.  Never waits."""
         now = time.strftime(self._time_format)
-        self._recorder.put(now + lines.replace("\n", f"\n{now}"), lines.count("\n") + 1)
+        self.put([now + line for line in lines.split("\n")])
+
+    def _tell_gap(self, items: int) -> None:
+        self._batch.append(f"({items} lines left out)")
 
     def _write(self, batch: list[str]) -> None:
-        text = "".join([f"{lines}\n" for lines in batch])
+        text = "".join([f"{line}\n" for line in batch])
         data = memoryview(text.encode(self._encoding, "backslashreplace"))
         try:
             while data:
@@ -1305,24 +1268,6 @@ class Terminal:
 
 
 # --- the database -------------------------------------------------------------------
-
-
-class _Said(NamedTuple):
-    """Messages of one member that are to be kept."""
-
-    at: float  # seconds since 1970
-    name: str
-    texts: Sequence[str]
-
-
-class _Change(NamedTuple):
-    """A change of an account that is to be made."""
-
-    key: str
-    account: _Account | None  # None: it is given up
-    statement: str
-    values: tuple[Any, ...]
-    done: threading.Event  # made, failed or too late
 
 
 class DatabaseError(OSError):
@@ -1339,7 +1284,19 @@ class _Account(NamedTuple):
     p: int
 
 
-_ACCOUNT_COLUMNS = "key, salt, hash, n, r, p"
+class _Change(NamedTuple):
+    """A change of an account that is to be written."""
+
+    name: str
+    account: _Account | None  # None: it is given up
+    then: Callable[[], None]  # called once it is written
+
+
+_Message = tuple[float, str, str]  # seconds since 1970, name, text
+_COLUMNS = {
+    "messages": "id at name text",
+    "accounts": "key name salt hash n r p since",
+}
 _SCHEMA = f"""
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS messages(
@@ -1354,11 +1311,11 @@ _SCHEMA = f"""
 """
 
 
-class Database:
-    """An SQLite file with what is said to the room, and with accounts.
+class Database(Recorder[_Message | _Change]):
+    """The recorder of an SQLite file with what is said to the room, and with accounts.
 
-    The room never waits for it: all that is read is in memory, and only the recorder
-    writes.  Only a member that changes its account waits until that is written.
+    Nobody waits for the file: all that is read is in memory, and only the recorder
+    writes.
     """
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
@@ -1373,26 +1330,23 @@ class Database:
             self._connection.executescript(_SCHEMA)
             rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
             last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
-            rows = f"SELECT {_ACCOUNT_COLUMNS} FROM accounts"
+            rows = "SELECT key, salt, hash, n, r, p FROM accounts"
             accounts = self._connection.execute(rows).fetchall()
+            self._file = self._stat()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DatabaseError(
                 f"cannot use {path!r}: {reason} (choose another --database)"
             ) from None
-        self._file = self._stat()
         # Guarded by the server's lock, as the order of messages is.
-        self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
+        self._last: deque[_Message] = deque(reversed(last), MAX_HISTORY_MESSAGES)
         self._accounts: dict[str, _Account | None] = {
             key: _Account(*fields) for key, *fields in accounts
         }
         self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
         self._failing = False
-        self._active_at = 0.0  # when the last batch was begun
         self.closing = threading.Event()  # wait for nothing any longer
-        self._recorder: Recorder[_Said | _Change] = Recorder(
-            self._write, self._tell_gap
-        )
+        super().__init__()
 
     @staticmethod
     def _connect(path: str, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
@@ -1402,30 +1356,23 @@ class Database:
         )
 
     def _check_kind(self) -> None:
-        """Raise sqlite3.Error unless the file is new or a database of this chat."""
-        try:
-            with open(
-                self._path, "r+b"
-            ) as file:  # before any lock of ours: see fcntl(2)
-                if not file.read(1):
-                    return
-        except FileNotFoundError:
+        """Raise sqlite3.Error unless the file is new or a database of this chat.
+
+        Before any lock of ours, which a close of the file would release (fcntl(2)).
+        """
+        path = Path(self._path)
+        if not path.exists() or path.stat().st_size == 0:
             return
         # Immutable: another program's file is not to be touched, not even recovered.
-        uri = f"{Path(self._path).as_uri()}?immutable=1"
-        with closing(sqlite3.connect(uri, uri=True)) as database:
-            (version,) = database.execute("PRAGMA user_version").fetchone()
+        with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file:
+            (version,) = file.execute("PRAGMA user_version").fetchone()
             if version > SCHEMA_VERSION:
                 raise sqlite3.Error("a later version of this program made it")
-            try:
-                tables = "SELECT name FROM sqlite_master WHERE type = 'table'"
-                if ("messages",) not in database.execute(tables).fetchall():
-                    raise sqlite3.OperationalError
-                database.execute("SELECT id, at, name, text FROM messages LIMIT 0")
-                if ("accounts",) in database.execute(tables).fetchall():
-                    database.execute(f"SELECT {_ACCOUNT_COLUMNS} FROM accounts LIMIT 0")
-            except sqlite3.OperationalError:
-                raise sqlite3.Error("it is a database of another program") from None
+            for table, expected in _COLUMNS.items():
+                columns = file.execute(f"PRAGMA table_info({table})").fetchall()
+                found = " ".join([name for _, name, *_ in columns])
+                if found != expected and (found or table == "messages"):
+                    raise sqlite3.Error("it is a database of another program")
 
     def _take_lock(self) -> None:
         """Keep other servers from this file until this process ends."""
@@ -1438,30 +1385,30 @@ class Database:
         status = os.stat(self._path)
         return status.st_dev, status.st_ino, status.st_size > 0
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float) -> int:
         """Write all that was said, for so long at most, and close the file."""
         self.closing.set()
-        unwritten = self._recorder.close(seconds)
+        unwritten = super().close(seconds)
         if unwritten:
             self._tell_gap(unwritten)
         else:
             self._connection.close()
         self._lock_file.close()
+        return unwritten
 
     # --- what is said ---------------------------------------------------------------
 
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
-        self._last.extend([(at, name, text) for text in texts])
-        if not self._recorder.unwritten:
-            self._active_at = time.monotonic()  # the recorder is about to begin
-        self._recorder.put(_Said(at, name, texts), len(texts))
+        messages = [(at, name, text) for text in texts]
+        self._last += messages
+        self.put(messages)
 
     def wait_for_room(self) -> None:
         """Let a flood wait while the file is behind but comes on; not if it hangs."""
-        while self._recorder.unwritten > MAX_UNWRITTEN // 2:
-            if time.monotonic() - self._active_at > HANGS_SECONDS:
+        while self._unwritten > MAX_UNWRITTEN // 2:
+            if time.monotonic() - self._begun_at > HANGS_SECONDS:
                 break
             if self.closing.wait(GATHER_SECONDS):
                 break
@@ -1474,60 +1421,52 @@ class Database:
             for at, name, text in islice(self._last, first, None)
         ]
 
-    def _write(self, batch: list[_Said | _Change]) -> None:
-        """Write a batch in one transaction, however long it takes to succeed.
-
-        A change of an account is tried once: its member waits for it.
-        """
-        said = [item for item in batch if isinstance(item, _Said)]
-        values = [
-            v for at, name, texts in said for text in texts for v in (at, name, text)
-        ]
-        changes = [item for item in batch if isinstance(item, _Change)]
-        self._active_at = time.monotonic()
-        while values or changes:
+    def _write(self, batch: list[_Message | _Change]) -> None:
+        """Write a batch in one transaction, tried again until the end."""
+        while True:
             try:
-                self._commit(values, changes)
+                self._commit(batch)
                 break
             except (sqlite3.Error, OSError) as error:
                 if not self._failing:
                     self._tell(f"Cannot write to the database for now: {error}")
                 self._failing = True
-            for change in changes:
-                change.done.set()
-            changes = []
-            if values and self.closing.wait(RETRY_SECONDS):
-                self._tell_gap(len(values) // 3)
+            if self.closing.wait(RETRY_SECONDS):
+                self._tell_gap(len(batch))
                 return
         if self._failing:
             self._tell("The database is written again.")
         self._failing = False
+        for item in batch:
+            if isinstance(item, _Change):
+                item.then()
 
-    def _commit(self, values: list[Any], changes: list[_Change]) -> None:
-        """Insert rows of (at, name, text), and make changes, in one transaction.
+    def _commit(self, batch: list[_Message | _Change]) -> None:
+        """Insert messages, and change accounts, in one transaction.
 
         Many rows a statement, since the interpreter lock is taken back after each.
         Raises OSError or sqlite3.Error.
         """
         if self._stat() != self._file:
             raise OSError("the file has been replaced or emptied")
-        changes = [change for change in changes if not change.done.is_set()]
-        size = 3 * ROWS_PER_INSERT
+        rows = [item for item in batch if not isinstance(item, _Change)]
+        changes = [item for item in batch if isinstance(item, _Change)]
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
-            for first in range(0, len(values), size):
-                rows = values[first : first + size]
-                marks = ",".join(["(?,?,?)"] * (len(rows) // 3))
+            for first in range(0, len(rows), ROWS_PER_INSERT):
+                some = rows[first : first + ROWS_PER_INSERT]
+                marks = ",".join(["(?,?,?)"] * len(some))
                 insert = f"INSERT INTO messages(at, name, text) VALUES {marks}"
-                connection.execute(insert, rows)
-            for change in changes:
-                connection.execute(change.statement, change.values)
-        for change in changes:
-            self._accounts[change.key] = change.account
-            change.done.set()
+                connection.execute(insert, list(chain.from_iterable(some)))
+            for name, account, _ in changes:
+                key = protocol.name_key(name)
+                connection.execute("DELETE FROM accounts WHERE key = ?", (key,))
+                if account:
+                    insert = "INSERT INTO accounts VALUES (?,?,?,?,?,?,?,?)"
+                    connection.execute(insert, (key, name, *account, time.time()))
 
-    def _tell_gap(self, messages: int) -> None:
-        self._tell(f"({messages} messages left out of the database)")
+    def _tell_gap(self, items: int) -> None:
+        self._tell(f"({items} messages left out of the database)")
 
     # --- accounts -------------------------------------------------------------------
 
@@ -1535,57 +1474,36 @@ class Database:
         """Return the account that keeps a name, if there is one."""
         return self._accounts.get(protocol.name_key(name))
 
-    def keep(self, name: str, password: bytes) -> None:
-        """Keep a name for its owner.  Raises ProtocolError if that fails."""
+    def keep(self, name: str, password: bytes, then: Callable[[], None]) -> None:
+        """Keep a name for its owner.  then: called once that is in the file."""
         blank = _Account(secrets.token_bytes(SALT_BYTES), b"", **SCRYPT)
-        account = blank._replace(hash=self._hash(password, blank, lambda: False))
-        insert = "INSERT OR REPLACE INTO accounts VALUES (?,?,?,?,?,?,?,?)"
-        self._change(name, account, insert, (name, *account, time.time()))
+        account = blank._replace(hash=self._hash(password, blank))
+        self._change(_Change(name, account, then))
 
-    def give_up(self, name: str) -> None:
-        """Keep a name no longer.  Raises ProtocolError if it was not kept, or is still."""
+    def give_up(self, name: str, then: Callable[[], None]) -> None:
+        """Keep a name no longer.  then: called once that is in the file."""
         if not self.account(name):
             raise ProtocolError(f"The name {name} is not kept.")
-        self._change(name, None, "DELETE FROM accounts WHERE key = ?", ())
+        self._change(_Change(name, None, then))
 
-    def _change(
-        self,
-        name: str,
-        account: _Account | None,
-        statement: str,
-        values: tuple[Any, ...],
-    ) -> None:
-        """Have the recorder change an account, and wait for it, but not for ever."""
-        key = protocol.name_key(name)
-        change = _Change(key, account, statement, (key, *values), threading.Event())
-        self._recorder.put(change, 1)
-        deadline = time.monotonic() + CHANGE_SECONDS
-        while not change.done.wait(RETRY_SECONDS / 4):
-            if self.closing.is_set() or time.monotonic() > deadline:
-                change.done.set()  # from now on the recorder passes it over
-        if self._accounts.get(key) is not account:
+    def _change(self, change: _Change) -> None:
+        if self._failing:
             raise ProtocolError("The database cannot be written for now.")
+        self._accounts[protocol.name_key(change.name)] = change.account
+        self.put([change])
 
-    def is_password(
-        self, account: _Account, password: bytes, given_up: Callable[[], bool]
-    ) -> bool:
-        """Compare in constant time.  given_up: tells whether nobody waits for it."""
-        computed = self._hash(password, account, given_up)
-        return secrets.compare_digest(account.hash, computed)
+    def is_password(self, account: _Account, password: bytes) -> bool:
+        """Compare in constant time."""
+        return secrets.compare_digest(account.hash, self._hash(password, account))
 
-    def _hash(
-        self, password: bytes, account: _Account, given_up: Callable[[], bool]
-    ) -> bytes:
-        """Return a scrypt hash.  Raises ProtocolError if it was given up, or at the end."""
-        while not self._hashing.acquire(timeout=RETRY_SECONDS / 4):
-            if self.closing.is_set() or given_up():
-                raise ProtocolError("There was no time for the password.")
-        try:
+    def _hash(self, password: bytes, account: _Account) -> bytes:
+        """Return a scrypt hash.  Raises ProtocolError at the end of the server."""
+        with self._hashing:
+            if self.closing.is_set():
+                raise ProtocolError("The server is shutting down.")
             return hashlib.scrypt(
                 password, salt=account.salt, n=account.n, r=account.r, p=account.p
             )
-        finally:
-            self._hashing.release()
 
 
 # --- the program --------------------------------------------------------------------
