@@ -15,7 +15,8 @@ refusal, a private message) is its own face of an entry, and a spot in its way t
 
 How a connection ends: the client leaves (q, or EOF), it is lost (its peer is gone), or we
 drop it (too slow, or not joined in time); a newcomer without room is turned away.  Its
-handler removes it, once; then it lingers until the peer has closed its side too.
+handler removes it, once, and ends.  The broadcaster ends our side after the last send,
+and the main thread closes it when the peer has ended its side too.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ MAX_OUTBOX_BYTES = 256 * 1024
 # A member may be so far behind.  The stream is shared: all slow readers together hold
 # this much once, not each.
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
+# What only one member sees is not shared: so much for all of them.
+MAX_OWN_BYTES = 32 * 1024 * 1024
 # An entry takes so much memory besides its bytes, and so does a spot.
 ENTRY_BYTES = 200
 TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
@@ -154,7 +157,7 @@ class _Client:
         # been sent all, and the spots behind it where it sees its own face of an entry
         # instead of the bytes from start to end.
         self.place = 0
-        self.spots: list[tuple[int, int, bytes]] = []  # start, end, face
+        self.spots: deque[tuple[int, int, bytes]] = deque()  # start, end, face
         self.spot_bytes = 0  # of memory
 
     def __str__(self) -> str:
@@ -601,13 +604,12 @@ class ChatServer:
         name, _, text = rest.partition(" ")
         if not (text := text.lstrip()):
             raise ProtocolError("Write it like this: /msg NAME TEXT.")
-        recipient = self._owners.get(protocol.name_key(name))
-        line = protocol.private_message(client.name, text)
-        told = ""
-        if recipient and self._tell_messages:
+        if recipient := self._owners.get(protocol.name_key(name)):
+            entry = _Entry(recipient, b"", protocol.private_message(client.name, text))
             told = f"Private message from {client.name} to {recipient.name}"
-        if not recipient or not self._submit(_Entry(recipient, b"", line), told):
-            raise ProtocolError("Nobody here has that name.")
+            if self._submit(entry, told):
+                return
+        raise ProtocolError("Nobody here has that name.")
 
     def _help(self, client: _Client, _: str) -> None:
         rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
@@ -898,7 +900,7 @@ class _Broadcaster:
             else:
                 if member.place != place:
                     place = member.place
-                    block = self._slice(place, min(self._end, place + TURN_BYTES))
+                    block = self._slice(place, self._end)
                 data = block
             try:
                 sent = member.send(data, MSG_DONTWAIT) if data else 0
@@ -916,17 +918,17 @@ class _Broadcaster:
                 self._note_progress(member)
 
     def _slice(self, start: int, end: int) -> bytearray:
+        """Return this part of the stream, as much of it as one send offers."""
         first = self._end - len(self._stream)
-        return self._stream[start - first : end - first]
+        return self._stream[start - first : min(end, start + TURN_BYTES) - first]
 
     def _unsent(self, member: _Client) -> bytearray:
-        """Return the next bytes for a member that has spots, about TURN_BYTES at most."""
+        """Return the next bytes for a member that has spots."""
         data, place = bytearray(), member.place
         for start, end, face in chain(member.spots, [(self._end, self._end, b"")]):
-            data += self._slice(place, min(start, place + TURN_BYTES))
-            if start - place > TURN_BYTES:
-                break
-            data += face[:TURN_BYTES]
+            data += self._slice(place, start)
+            if len(data) < TURN_BYTES:
+                data += face[:TURN_BYTES]
             if len(data) >= TURN_BYTES:
                 break
             place = end
@@ -934,22 +936,19 @@ class _Broadcaster:
 
     def _advance(self, member: _Client, sent: int) -> None:
         """Move the place of a member that has spots past what its socket took."""
-        passed = 0
-        for start, end, face in member.spots:
+        while member.spots:
+            start, end, face = member.spots[0]
             size = start - member.place + len(face)
             if sent < size:
+                taken = max(0, sent - (start - member.place))  # of this face
+                member.spots[0] = start, end, face[taken:]
+                member.spot_bytes -= taken
+                sent -= taken
                 break
-            sent -= size
-            member.place = end
+            member.spots.popleft()
             member.spot_bytes -= ENTRY_BYTES + len(face)
-            passed += 1
-        del member.spots[:passed]
-        if member.spots:
-            start, end, face = member.spots[0]
-            taken = max(0, sent - (start - member.place))  # of this face
-            member.spots[0] = start, end, face[taken:]
-            member.spot_bytes -= taken
-            sent -= taken
+            member.place = end
+            sent -= size
         member.place += sent
 
     def _note_progress(self, member: _Client) -> None:
@@ -976,10 +975,11 @@ class _Broadcaster:
         While one is near that, the next pass comes later: in proportion to the bytes
         that this one took in, and to how far beyond half of its limit the member is.
         """
-        place, most = self._passed, 0
-        for member in tuple(self._slow):
+        place, most, own = self._passed, 0, 0
+        for member in sorted(self._slow, key=lambda member: member.spot_bytes):
+            own += member.spot_bytes
             unsent = self._end - member.place + member.spot_bytes
-            if unsent > MAX_UNSENT_BYTES:
+            if unsent > MAX_UNSENT_BYTES or own > MAX_OWN_BYTES:
                 member.dropped = f"too slow, {unsent} bytes waited for it"
                 self._stop_sending(member)
             else:
@@ -991,7 +991,7 @@ class _Broadcaster:
             self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure * fullness
 
     def _stop_sending(self, member: _Client) -> None:
-        """Send nothing more to a member that has left, or is lost, or dropped.
+        """Send nothing more to a member, and end our side of its connection.
 
         What one that is lost had sent can still be read.
         """
@@ -999,20 +999,17 @@ class _Broadcaster:
         if member in self._slow:
             del self._slow[member]
             self._writable.unregister(member.socket)
-        self._end_sending(member)
-
-    def _end_sending(self, member: _Client) -> None:
         how = socket.SHUT_RDWR if member.dropped else socket.SHUT_WR
         _shut(member.socket, how)
         member.is_sent_to = False  # now the main thread may close it
 
     def _hang_up(self) -> None:
-        """End our side of the connections to all members."""
+        """Send nothing more to anybody, and let the server end."""
         with self._outbox.lock:
             self._outbox.close()
-        for member in self._members:
-            self._end_sending(member)
         self._on_end()
+        for member in tuple(self._members):
+            self._stop_sending(member)
 
 
 class _Selector(selectors.DefaultSelector):
