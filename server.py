@@ -216,9 +216,7 @@ class ChatServer:
 
         # The main thread's own.
         self._listener = _listen(host, port)
-        host, port = self._listener.getsockname()[:2]
-        self.address = _format_address((host, port))
-        self.is_local = host == "::1" or host.startswith("127.")
+        self.address = _format_address(self._listener.getsockname())
         self._exhausted = False  # something has run out, and the terminal was told
         self._arrivals = _Selector()  # watches the listener; stop() wakes it
         self._arrivals.register(self._listener, selectors.EVENT_READ)
@@ -1622,8 +1620,6 @@ def main() -> int:
     bugs = _stop_on_bugs(server)
     _stop_on_signals(server)
     terminal.tell(f"Server is running...\nListening on {server.address}")
-    if database and not server.is_local:
-        terminal.tell("Passwords travel in the clear: see README, Over the network.")
     try:
         server.serve()
     finally:
