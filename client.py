@@ -49,7 +49,6 @@ import protocol
 from protocol import ServerLine
 
 try:
-    import fcntl
     import termios
 except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
@@ -81,8 +80,20 @@ _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 Fact = Callable[[], object]  # is so if what it returns is true
 
 
+class Leave(Exception):
+    """The person leaves; str() of it is what to say then."""
+
+
+class ServerHangs(Leave):
+    """They leave, and the server has not gone on within LEAVE_SECONDS."""
+
+
 class ConnectionLost(Exception):
-    """The server is gone; str() of it is the reason.  Sending and waiting raise it."""
+    """The server is gone; str() of it is the reason."""
+
+
+class ServerFull(ConnectionLost):
+    """The server has no room; str() of it is how it says so."""
 
 
 # --- the program --------------------------------------------------------------------
@@ -159,7 +170,11 @@ def _reason(error: Exception) -> str:
 
 
 class ChatClient:
-    """Menu, name and chat, over one connection after another."""
+    """Menu, name and chat, over one connection after another.
+
+    Whatever the main thread waits for, Leave and ConnectionLost end it: run() and
+    _stay() catch them.
+    """
 
     def __init__(self, host: str, port: int, terminal: Terminal) -> None:
         """Connect.  Raises OSError if there is no server, ValueError if no such host."""
@@ -167,7 +182,6 @@ class ChatClient:
         self._terminal = terminal
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now
-        self._hangs = False  # the server takes nothing any more
         self._connect(CONNECT_SECONDS)
 
     def _connect(self, seconds: float) -> None:
@@ -178,48 +192,50 @@ class ChatClient:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # What the receiver tells the main thread, with a nudge of the terminal.  Each is
         # set in one step, so there is no lock.
-        self._end = ""  # why the connection has ended
-        self._full: ServerLine | None = None  # that it has no room
+        self._end: ConnectionLost | None = None  # why the connection has ended
         self._joined = False
-        # The last line that concerns it: an answer to a name or a password, or once
-        # joined a refusal or a question.  Each line that is sent begins anew.
-        self._answer: ServerLine | None = None
-        self._awaits_answer = False  # to a name or password; the other way round
+        # The last answer to a name or a password, or once joined the last refusal or
+        # question; None from the sending of a line until there is one.
+        self._answer: ServerLine | None = ServerLine("", "", "nothing was asked")
         self._receiver = threading.Thread(
             target=self.receive_messages, args=(self._socket,), name="receiver"
         )
         try:
             self._receiver.start()
         except RuntimeError as error:  # the system has no more threads
-            self._end = str(error)
+            self._end = ConnectionLost(error)
 
     def run(self) -> int:
         """Run the session and return the exit status."""
         try:
             self._terminal.show("Connected to server.")
             try:
-                leaving = self._stay()
+                self._stay()
+            except Leave as leave:
+                self._leave(leave)
             except KeyboardInterrupt:
-                self._status, leaving = INTERRUPTED, LEAVING
-            self._leave(leaving)
+                self._status = INTERRUPTED
+                self._leave(Leave(LEAVING))
             return self._status
         finally:
             self._hang_up()
 
-    def _stay(self) -> str:
-        """Go through menu, name and chat; return what to say when the person leaves."""
+    def _stay(self) -> None:
+        """Go through menu, name and chat until the person leaves, or nobody can go on."""
         while True:
             try:
-                choice = self.menu()
-                if choice == "1" and self._join():
-                    self.handle_chat(self._socket)
-                return "Exiting the program." if choice == "2" else LEAVING
+                if self.menu() == "2":
+                    raise Leave("Exiting the program.")
+                self._join()
+                self.handle_chat(self._socket)
             except ConnectionLost as lost:
-                self._hang_up()
-                self._terminal.show(f"Connection lost: {lost}.")
                 self._status = 1
-                if not self._terminal.person:  # nobody is there to try again
-                    sys.exit(1)
+                self._hang_up()
+                if isinstance(lost, ServerFull):
+                    return self._terminal.show(ServerLine("!", "", str(lost)))
+                self._terminal.show(f"Connection lost: {lost}.")
+                if not self._terminal.person:
+                    return None
                 # It was meant for the chat, and would be taken for answers.
                 self._terminal.forget_typed()
 
@@ -227,59 +243,55 @@ class ChatClient:
         """Show the menu until one of CHOICES is chosen."""
         while True:
             self._terminal.show(*(f"{key}. {what}" for key, what in CHOICES.items()))
-            answer = self._terminal.ask("Enter your choice: ")
-            choice = "q" if answer is None else answer.strip()
+            choice = self._terminal.ask("Enter your choice: ").strip()
             if choice in CHOICES:
                 return choice
             self._terminal.show(f"Please choose one of these: {', '.join(CHOICES)}.")
 
     # --- joining --------------------------------------------------------------------
 
-    def _join(self) -> bool:
-        """Ask for a name until the server takes one; False if the person leaves."""
+    def _join(self) -> None:
+        """Ask for a name, and its password if it has one, until the server takes it."""
         if not self._terminal.person:
             self._status = 1  # until it is in
         self._check_connection()
-        while (name := self._ask_name()) is not None:
-            self._terminal.show(f"Joining the chat as {name}...")
-            answer = self._send_name(name)
-            while answer and answer.mark == "?":
-                password = self._terminal.ask(PASSWORD)
+        while not self._joined:
+            if self._is_asked():
                 # Never on a new connection: there it would be taken for a name.
-                answer = None if password is None else self._exchange(password)
-            if not answer:
-                return False
-            if self._joined:
-                self._status, self._name = 0, name
-                self._terminal.know_name(name)
-                return True
-        return False
+                self._exchange(self._terminal.ask(PASSWORD))
+            else:
+                name = self._ask_name()
+                self._terminal.show(f"Joining the chat as {name}...")
+                self._send_name(name)
+        self._status, self._name = 0, name
+        self._terminal.know_name(name)
 
-    def _ask_name(self) -> str | None:
+    def _ask_name(self) -> str:
         offer = f" [{self._name}]" if self._name else ""
-        prompt = f"Enter your username{offer}: "
-        while (answer := self._terminal.ask(prompt)) is not None:
+        while True:
+            answer = self._terminal.ask(f"Enter your username{offer}: ")
             if name := protocol.clean(answer).strip() or self._name:
                 return name
             self._terminal.show("Please enter a name, or q to leave.")
-        return None
 
-    def _send_name(self, name: str) -> ServerLine | None:
-        """Return the server's answer to a name; None if the person leaves."""
-        self._check_connection()  # a refusal from before is no answer to the name
+    def _send_name(self, name: str) -> None:
+        """Send a name and wait for its answer."""
+        self._check_connection()
         try:
-            return self._exchange(name)
+            self._exchange(name)
         except ConnectionLost:  # between that look and now
             self._check_connection()
-            return self._exchange(name)
+            self._exchange(name)
 
     def _check_connection(self) -> None:
         """Connect again if the server has ended a connection that nobody used."""
-        # Whatever has arrived is to be heard first.  At its end the socket stays readable.
+        # Whatever has arrived is heard first: a refusal from before is no answer to the
+        # name.  At its end the socket stays readable.
         self._terminal.wait(
             lambda: self._end or not select.select([self._socket], [], [], 0)[0]
         )
-        self._end_if_full()
+        if isinstance(self._end, ServerFull):
+            raise self._end
         if self._end:
             self._hang_up()
             try:
@@ -287,86 +299,70 @@ class ChatClient:
             except OSError as error:
                 raise ConnectionLost(_reason(error)) from None
 
-    def _end_if_full(self) -> None:
-        if self._full:
-            self._terminal.show(self._full)
-            sys.exit(1)
-
-    def _exchange(self, text: str) -> ServerLine | None:
-        """Send a line and return the answer; None if the person leaves."""
-        told: Fact = lambda: self._answer or self._full or self._end
-        if not self._send(text):
-            return None
-        if not self._terminal.wait(told):
-            self._hangs = self._terminal.person  # it has had its LEAVE_SECONDS
-            return None
-        self._end_if_full()
-        if not self._answer:
-            raise ConnectionLost(self._end)
-        return self._answer
-
-    # --- chatting -------------------------------------------------------------------
-
-    def handle_chat(self, client_socket: socket.socket) -> None:
-        """Send what the person types until they leave.  Raises ConnectionLost."""
-        going_on = True
-        while going_on:
-            if self._end:
-                if half_typed := self._terminal.draft[0]:
-                    self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
-                raise ConnectionLost(self._end)
-            going_on = self._tell_secret() if self._is_asked() else self._say()
+    def _exchange(self, text: str) -> None:
+        """Send a line and wait for its answer."""
+        self._send(text)
+        self._terminal.wait(lambda: self._answer or self._end)
+        if self._end and not self._answer:
+            raise self._end
 
     def _is_asked(self) -> bool:
         return self._answer is not None and self._answer.mark == "?"
 
-    def _say(self) -> bool:
-        """Send the next line that is typed; False if the person leaves."""
-        text = self._terminal.ask(MESSAGE, lambda: self._end or self._is_asked())
-        if text is None:
-            self._terminal.leaving = True
+    # --- chatting -------------------------------------------------------------------
+
+    def handle_chat(self, client_socket: socket.socket) -> None:
+        """Send what the person types until they leave or the connection is lost."""
+        while not self._end:
+            if not self._is_asked():
+                self._say()
+            else:
+                password = self._terminal.ask(PASSWORD, lambda: self._end)
+                if not self._end:
+                    self._send(password)
+        if half_typed := self._terminal.draft[0]:
+            self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
+        raise self._end
+
+    def _say(self) -> None:
+        """Send the next line that is typed."""
+        try:
+            text = self._terminal.ask(MESSAGE, lambda: self._end or self._is_asked())
+        except Leave:
             with suppress(ConnectionLost):  # then nobody is there to be told
                 self._send("q")
-            return False
+            raise
+        if not text.strip():
+            return
         try:
-            # As it is: cleaned it may be longer than a line may be.
-            command, _ = protocol.split_command(protocol.clean(text))
-            if command in SECRET_COMMANDS:
-                return self._begin_secret(text, command)
-            return not text.strip() or self._send(text)
+            self._send(text)
         except ConnectionLost:
             self._terminal.draft = (text, len(text))
             raise
+        # As it is: cleaned it may be longer than a line may be.
+        command, _ = protocol.split_command(protocol.clean(text))
+        if command in SECRET_COMMANDS:
+            self._await_question(command)
 
-    def _begin_secret(self, text: str, command: str) -> bool:
-        """Send a command that a password follows; False if the person leaves."""
+    def _await_question(self, command: str) -> None:
+        """Wait until the server asks for the secret behind a command, or refuses it."""
 
         def refused() -> bool:
             # An earlier line may be what was refused; our server names the command.
             return self._answer is not None and self._answer.text.startswith(command)
 
-        if not self._send(text):
-            return False
         told: Fact = lambda: self._end or self._is_asked() or refused()
-        if not self._terminal.wait(told):
-            self._hangs = self._terminal.person  # it has had its LEAVE_SECONDS
-            return False
-        if refused() and not self._terminal.person:
+        self._terminal.wait(told, patient=True)
+        if not (self._end or self._is_asked() or self._terminal.person):
             self._status = 1  # the next line in the pipe is the password, for nobody
-            return False
-        return True
+            raise Leave(LEAVING)
 
-    def _tell_secret(self) -> bool:
-        """Send a password; False if the person leaves."""
-        password = self._terminal.ask(PASSWORD, lambda: self._end)
-        return password is not None and (self._end != "" or self._send(password))
+    # --- sending and leaving --------------------------------------------------------
 
-    # --- sending, waiting and leaving -----------------------------------------------
-
-    def _send(self, text: str) -> bool:
-        """Send a line; False if the person leaves before the server has taken it."""
+    def _send(self, text: str) -> None:
+        """Send a line."""
         unsent = memoryview(protocol.encode_line(text))
-        self._answer, self._awaits_answer = None, True
+        self._answer = None
 
         def is_sent() -> bool:
             nonlocal unsent
@@ -375,38 +371,30 @@ class ChatClient:
             return not unsent
 
         try:
-            self._hangs = not self._terminal.wait(is_sent, self._socket, patient=True)
+            self._terminal.wait(is_sent, self._socket, patient=True)
         except OSError as error:
             # The receiver says why, once it has shown all that had arrived.
             self._terminal.wait(lambda: self._end)
-            raise ConnectionLost(self._end or _reason(error)) from None
-        return not self._hangs
+            raise self._end or ConnectionLost(_reason(error)) from None
 
-    def _leave(self, leaving: str) -> None:
-        """Say goodbye, and see to it that what was sent arrives."""
-        self._terminal.leaving = True
-        self._terminal.show(leaving)
-        if self._joined:
+    def _leave(self, leave: Leave) -> None:
+        """Say goodbye, and see to it that what was sent arrives.
+
+        In a pipe however long that takes.
+        """
+        self._terminal.show(str(leave))
+        if isinstance(leave, ServerHangs) and self._joined:
+            self._terminal.show("The server has not taken the last line.")
+        elif self._joined:
+            with suppress(OSError):  # the server was quicker
+                self._socket.shutdown(socket.SHUT_WR)
             try:
-                self._wait_for_end()
+                with suppress(ServerHangs):
+                    self._terminal.wait(lambda: self._end, patient=True)
             except KeyboardInterrupt:
                 self._status = INTERRUPTED
         self._hang_up()
         self._terminal.show("Connection closed.")
-
-    def _wait_for_end(self) -> None:
-        """Wait until the server has read everything and closed its side.
-
-        In a pipe however long that takes; a person waits while the server goes on.
-        """
-        with suppress(OSError):  # the server was quicker
-            self._socket.shutdown(socket.SHUT_WR)
-        unread = _unread_bytes(self._socket)
-        while not (self._hangs or self._terminal.wait(lambda: self._end, patient=True)):
-            before, unread = unread, _unread_bytes(self._socket)
-            self._hangs = not 0 < unread < before
-        if self._hangs and unread:
-            self._terminal.show(f"The server has not taken the last {unread} bytes.")
 
     def _hang_up(self) -> None:
         """Close the connection and end the receiver; again does nothing."""
@@ -422,32 +410,32 @@ class ChatClient:
     def receive_messages(self, client_socket: socket.socket) -> None:
         """Show what comes until the connection ends.  Runs in the receiver thread."""
         splitter = protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
-        end = "this client has a bug"  # it has been told on stderr by then
+        end = ConnectionLost("this client has a bug")  # told on stderr by then
         try:
             while chunk := client_socket.recv(RECEIVE_BYTES):
                 lines = map(protocol.decode_shown, splitter.feed(chunk))
                 self._take([protocol.parse_server_line(line) for line in lines])
-            end = "the server closed the connection"
+            end = ConnectionLost("the server closed the connection")
         except OSError as error:
-            end = _reason(error)
+            end = ConnectionLost(_reason(error))
+        except ServerFull as full:  # which is not shown before 1 is chosen
+            end = full
         finally:
             self._end = end
             self._terminal.nudge()
 
     def _take(self, lines: list[ServerLine]) -> None:
-        """Show lines, and tell the main thread of those that concern it."""
+        """Show lines, and tell the main thread of an answer among them."""
         shown, answer = [], None
         for line in lines:
             if self._joined:
                 answer = line if line.mark in ("!", "?") else answer
             elif line.mark == "!" and line.text.startswith(protocol.FULL):
-                self._full = line  # which is not shown before 1 is chosen
-                continue
-            elif line.mark and not self._awaits_answer:
-                continue  # nobody has asked for anything yet
+                raise ServerFull(line.text)
             elif line.mark:
-                answer, self._awaits_answer = line, False
-                self._joined = line.mark == "*"
+                if self._answer or answer:
+                    continue  # nobody has asked for anything yet
+                answer, self._joined = line, line.mark == "*"
             shown.append(line)
         # First, so that the next prompt comes below.
         self._terminal.show(*shown)
@@ -459,15 +447,6 @@ class ChatClient:
 
 def _is_quit(text: str) -> bool:
     return text.strip().lower() == "q"
-
-
-def _unread_bytes(client_socket: socket.socket) -> int:
-    """Return how much the server's side has not taken yet, as far as the system tells."""
-    if termios:
-        with suppress(OSError):  # the connection has ended
-            answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
-            return int.from_bytes(answer, sys.byteorder)
-    return 0
 
 
 # --- keyboard and screen ------------------------------------------------------------
@@ -503,7 +482,7 @@ class Terminal:
         self._keyboard, self._screen = keyboard, screen
         self._options = options
         self.person = os.isatty(keyboard)
-        self.leaving = False  # the person has asked to leave
+        self._leaving = False  # the person has asked to leave
         # What is half typed at MESSAGE, and the cursor's place, while other things are
         # asked for.  Stays empty where the system edits the line.
         self.draft = ("", 0)
@@ -547,11 +526,19 @@ class Terminal:
 
     # --- asking ---------------------------------------------------------------------
 
-    def ask(self, prompt: str, until: Fact = _never) -> str | None:
-        """Return the line that is typed; None if the person leaves.
+    def ask(self, prompt: str, until: Fact = _never) -> str:
+        """Return the line that is typed.  Raises Leave if the person leaves.
 
         until: "" is the answer as soon as this is so; looked at after every nudge.
         """
+        line = self._ask(prompt, until)
+        if line is None:
+            self._leaving = True
+            raise Leave(LEAVING)
+        return line
+
+    def _ask(self, prompt: str, until: Fact) -> str | None:
+        """Return the line that is typed; None if the person leaves."""
         with self._lock:
             self._prompt, self._until = prompt, until
             self._begin()
@@ -580,11 +567,11 @@ class Terminal:
 
     def wait(
         self, fact: Fact, writable: socket.socket | None = None, patient: bool = False
-    ) -> bool:
-        """Wait until this is so, with the keyboard watched; False if the person leaves.
+    ) -> None:
+        """Wait until this is so, with the keyboard watched.
 
-        They then wait LEAVE_SECONDS more, and as long as the socket goes on taking what
-        is sent.  The fact is looked at after every nudge, and if it is writable.
+        Who leaves meanwhile waits LEAVE_SECONDS more: then ServerHangs is raised.  The
+        fact is looked at after every nudge, and if the socket is writable.
         patient: what came from a pipe is to be delivered, however long that takes.
         """
         for_ever = patient and not (self.person or self._ending)
@@ -593,20 +580,18 @@ class Terminal:
         while not fact():
             if deadline == math.inf and not for_ever and self._wants_to_leave():
                 deadline = time.monotonic() + LEAVE_SECONDS
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
-                return False
-            if self._watch(seconds, writable):
-                deadline = math.inf
-        return True
+            if time.monotonic() >= deadline:
+                raise ServerHangs(LEAVING)
+            self._watch(deadline - time.monotonic(), writable)
 
     def _wants_to_leave(self) -> bool:
         """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
-        if self.leaving or self._input_ended and (self.person or not self._ahead):
+        if self._leaving or self._ending:
             return True
-        # What is in a pipe is delivered, however long that takes.
+        if not self.person:  # what is in a pipe is delivered, however long that takes
+            return self._input_ended and not self._ahead
         typed = [key for key in self._ahead if not key.startswith(_PASTED)]
-        return self.person and _LEAVES.search("".join(typed)) is not None
+        return self._input_ended or _LEAVES.search("".join(typed)) is not None
 
     def nudge(self) -> None:
         """Let the main thread look at what it waits for.  For any thread."""
@@ -616,7 +601,7 @@ class Terminal:
     def _watch(
         self, seconds: float = math.inf, writable: socket.socket | None = None
     ) -> bool:
-        """Wait for keys, a nudge or a signal, and take them; True if writable.
+        """Wait for keys, a nudge or a signal, and take them; False if none came.
 
         Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
         """
@@ -624,7 +609,7 @@ class Terminal:
         if os.name != "nt" and not self._input_ended:
             inputs += [self._keyboard] if len(self._ahead) < MAX_TYPED_AHEAD else []
         outputs = [writable] if writable else []
-        timeout = None if seconds == math.inf else seconds
+        timeout = None if seconds == math.inf else max(0.0, seconds)
         readable, ready, _ = select.select(inputs, outputs, [], timeout)
         if self._wake_receiver in readable:
             self._wake_receiver.recv(READ_BYTES)
@@ -632,7 +617,7 @@ class Terminal:
         self._heed_signals()
         if self._keyboard in readable:
             self._read_keyboard()
-        return bool(ready)
+        return bool(readable or ready)
 
     def _read_keyboard(self) -> None:
         try:
@@ -1023,25 +1008,25 @@ class LineEditor(Terminal):
 
     # --- asking ---------------------------------------------------------------------
 
-    def ask(self, prompt: str, until: Fact = _never) -> str | None:
+    def ask(self, prompt: str, until: Fact = _never) -> str:
         """Return the line that is typed, or the next one that was pasted."""
         if self._pasted:
-            answer: str | None = self._pasted.popleft()
+            answer = self._pasted.popleft()
             self.show(prompt if prompt == PASSWORD else f"{prompt}{answer}")
-            if answer and _is_quit(answer):
+            if _is_quit(answer):
                 answer += " "  # with the blank it is a message
         else:
             answer = super().ask(prompt, until)
             if len(self._pasted) > MAX_PASTED_LINES:
                 self._confirm(until)
-        if answer and answer.strip() and prompt == MESSAGE:
+        if answer.strip() and prompt == MESSAGE:
             self._history.add(answer)
         return answer
 
     def _confirm(self, until: Fact) -> None:
         """Ask before many lines are sent; Enter alone means No."""
         lines, self._pasted = self._pasted, deque()
-        answer = super().ask(f"Send {len(lines)} lines? [y/N] ", until)
+        answer = self._ask(f"Send {len(lines)} lines? [y/N] ", until)
         if (answer or "").strip().lower() in ("y", "yes"):
             self._pasted = lines
         else:
