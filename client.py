@@ -10,7 +10,7 @@ for keys, signals and the receiver alike: leaving never depends on the server, a
 signal handler has nothing to do but to note the signal.
 
 A terminal object owns keyboard and screen: LineEditor, which alone knows escape
-sequences, or PlainTerminal for pipes, dumb terminals and Windows.
+sequences, or a plain Terminal for pipes, dumb terminals and Windows.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
-from itertools import cycle
+from itertools import compress, cycle
 from typing import Any, Self
 
 import protocol
@@ -142,7 +141,7 @@ def _open_terminal(options: argparse.Namespace) -> Terminal:
     keyboard, screen = sys.stdin.fileno(), sys.stdout.fileno()
     two_ways = os.isatty(keyboard) and os.isatty(screen)
     if termios is None or not two_ways or os.environ.get("TERM") == "dumb":
-        return PlainTerminal(keyboard, screen, options)
+        return Terminal(keyboard, screen, options)
     return LineEditor(keyboard, screen, options)
 
 
@@ -320,7 +319,7 @@ class ChatClient:
                 password = self._terminal.ask(PASSWORD, lambda: self._end)
                 if not self._end:
                     self._send(password)
-        if half_typed := self._terminal.draft[0]:
+        if half_typed := "".join(self._terminal.draft):
             self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
         raise self._end
 
@@ -337,7 +336,7 @@ class ChatClient:
         try:
             self._send(text)
         except ConnectionLost:
-            self._terminal.draft = (text, len(text))
+            self._terminal.draft = (text, "")
             raise
         # As it is: cleaned it may be longer than a line may be.
         command, _ = protocol.split_command(protocol.clean(text))
@@ -449,51 +448,47 @@ def _is_quit(text: str) -> bool:
     return text.strip().lower() == "q"
 
 
-# --- keyboard and screen ------------------------------------------------------------
-
-# The local modes that are off while we get key by key; Ctrl-C and Ctrl-Z stay signals.
-_EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
-# A line that leaves, among those that were typed ahead.
-_LEAVES = re.compile(r"(?:^|[\r\n])(?:\x04|[ \t]*[qQ][ \t]*[\r\n])")
-
-
 def _never() -> bool:
     return False
 
 
-class Terminal:
-    """What both kinds of terminal share: waiting, signals, modes and writing.
+# --- keyboard and screen ------------------------------------------------------------
 
+# The local modes that are off while we get key by key (Ctrl-C and Ctrl-Z stay signals),
+# and while a password is typed on a plain terminal.
+_EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
+_HIDDEN = termios.ECHO if termios else 0
+# A line that leaves, among those that were typed ahead.
+_LEAVES = re.compile(r"(?:^|[\r\n])(?:\x04|[ \t]*[qQ][ \t]*[\r\n])")
+
+
+class Terminal:
+    """Keyboard and screen in whole lines, without any escape sequence.
+
+    With a person at it, a prompt stands there while they type.  In a pipe it appears
+    together with the answer, so that what comes out reads like a session.
     Threads: all but show() and nudge() is the main thread's.
     """
 
-    # What a kind adds; with _lock held, but for the first two.
-    _cut: Callable[[bytes], list[str]]  # return the keys or lines that are complete now
-    _read_line: Callable[[], str | None]  # return the line that is typed, as ask() does
-    _begin: Callable[[], None]  # show the prompt
-    _end: Callable[[], None]  # see to it that what is shown next begins a row
-    _show_text: Callable[[str], None]  # show lines, each with its newline
-    _kept_off = 0  # the local modes that are off while the terminal is ours
-    # How many empty reads in a row are no end of input.  A read that never waits is
-    # empty as well when Ctrl-C or Ctrl-Z has emptied the system's buffer before it.
+    # How many empty reads in a row are no end of input.
     _idle_reads = 0
 
     def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
-        self._keyboard, self._screen = keyboard, screen
-        self._options = options
+        self._keyboard, self._screen, self._options = keyboard, screen, options
         self.person = os.isatty(keyboard)
-        self._leaving = False  # the person has asked to leave
-        # What is half typed at MESSAGE, and the cursor's place, while other things are
-        # asked for.  Stays empty where the system edits the line.
-        self.draft = ("", 0)
+        # What is half typed at MESSAGE, before the cursor and behind it, while other
+        # things are asked for.  Stays empty where the system edits the line.
+        self.draft = ("", "")
         # Guards the screen and what stands on it.  Held while writing to it.
         self._lock = threading.RLock()
         self._prompt = ""  # of the line being typed, if one is
         self._until: Fact = _never
-        self._mention = re.compile("(?!)")  # our own name, once it is known
-        self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
+        self._echoed = False  # the Enter that ended the line
+        self._mention = re.compile("(?!)")  # the person's own name, once it is known
+        self._reader: LineReader | KeyReader = LineReader()
+        self._ahead: deque[str] = deque()  # lines or keys, typed but not used yet
         self._input_ended, self._empty_reads = False, 0
-        self._pause = QUIET_SECONDS  # without a key after which no more will come
+        self._leaving = False  # the person has asked to
         # For whoever wants the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
@@ -501,6 +496,7 @@ class Terminal:
         self._ending = False  # one of them ends the program
         found = termios.tcgetattr(keyboard) if termios and self.person else None
         self._modes: list[Any] | None = found
+        self._off = 0  # of the local modes, while the terminal is ours
 
     def __enter__(self) -> Self:
         # A Python handler runs on the main thread, between two steps of it; the byte
@@ -510,7 +506,9 @@ class Terminal:
         if self._modes:  # there is something to put in order
             for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT:
                 signal.signal(number, self._on_end)
-        self._set_modes(self._kept_off)
+            for number in signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH:
+                signal.signal(number, lambda number, _: self._signals.append(number))
+        self._set_modes(self._off)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -543,15 +541,43 @@ class Terminal:
             self._prompt, self._until = prompt, until
             self._begin()
         try:
-            line = self._read_line()
+            return self._read_line()
         finally:
             with self._lock:
                 self._end()
                 self._prompt, self._until = "", _never
-        return None if line is None or _is_quit(line) else line
+
+    def _begin(self) -> None:
+        """Show the prompt.  Caller holds _lock."""
+        self._echoed = False
+        if self.person:
+            self._write(self._prompt)
+        if self._prompt == PASSWORD:
+            # What is half typed in the system's buffer is no part of the secret.
+            self._off = _HIDDEN
+            self._set_modes(self._off, flush=True)
+
+    def _read_line(self) -> str | None:
+        if os.name == "nt" and self._prompt == PASSWORD:
+            return getpass.getpass("")
+        line = self._next()
+        if not line:
+            return line
+        text, shown = line.removesuffix("\n"), self._prompt != PASSWORD
+        self._echoed = shown and line != text
+        if not self.person:
+            self.show(self._prompt + text * shown)
+        return None if _is_quit(text) else text
+
+    def _end(self) -> None:
+        """See to it that what is shown next begins a row.  Caller holds _lock."""
+        if self.person and not self._echoed:
+            self._write("\n")
+        self._off = 0
+        self._set_modes(self._off)
 
     def _next(self) -> str | None:
-        """Return the next key or line; None at the end of input, "" if woken."""
+        """Return the next line or key; None at the end of input, "" if woken."""
         while not self._ahead:
             if self._until():  # what was typed before has been used by now
                 return ""
@@ -561,7 +587,11 @@ class Terminal:
         return self._ahead.popleft()
 
     def _await_typing(self) -> None:
-        self._watch()
+        if os.name == "nt":  # select() takes sockets only there
+            self._read_keyboard()
+            self._heed_signals()
+        else:
+            self._watch()
 
     # --- waiting --------------------------------------------------------------------
 
@@ -597,6 +627,8 @@ class Terminal:
         """Let the main thread look at what it waits for.  For any thread."""
         with suppress(OSError):  # full of nudges, or nobody waits any more
             self._waker.send(b"\0")
+        if os.name == "nt" and self._until():
+            self.show("(Please press Enter.)")  # nothing else ends its reading there
 
     def _watch(
         self, seconds: float = math.inf, writable: socket.socket | None = None
@@ -626,7 +658,7 @@ class Terminal:
             chunk = b""  # the terminal has been closed
         self._empty_reads = 0 if chunk else self._empty_reads + 1
         self._input_ended = self._empty_reads > self._idle_reads
-        self._ahead += self._cut(chunk)
+        self._ahead += self._reader.feed(chunk)
 
     # --- signals, modes, and the end ------------------------------------------------
 
@@ -643,17 +675,32 @@ class Terminal:
 
     def _heed_signals(self) -> None:
         while self._signals:
-            self._heed(self._signals.popleft())
+            number = self._signals.popleft()
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if number == signal.SIGTSTP:
+                self._stop()
+            elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
+                self._resume()
+            elif number != signal.SIGWINCH:  # for which it is enough to wake
+                sys.exit(128 + number)
 
-    def _heed(self, number: int) -> None:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
+    def _stop(self) -> None:
+        """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
+        self._set_modes(0)
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        # Without a shell to continue it the system has not stopped it at all.
+        self._signals.append(signal.SIGCONT)
+
+    def _resume(self) -> None:
+        self._set_modes(self._off)
 
     def _restore(self) -> None:
         """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
         self.forget_typed()
-        self._set_modes()
+        self._set_modes(0)
 
     def forget_typed(self) -> None:
         """Throw away what was typed ahead, lest the menu or the shell take it.
@@ -667,15 +714,18 @@ class Terminal:
         self._set_modes(_EDITED)
         with suppress(OSError):  # the terminal has been closed
             while time.monotonic() < deadline:
-                if not select.select([self._keyboard], [], [], self._pause)[0]:
+                pause = PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
+                if not select.select([self._keyboard], [], [], pause)[0]:
                     break
                 if not (chunk := os.read(self._keyboard, READ_BYTES)):
                     break
-                self._cut(chunk)
+                self._reader.feed(chunk)
+        if not self._reader.pasting:
+            self._reader = type(self._reader)()
         self._ahead.clear()
-        self._set_modes(self._kept_off, flush=True)
+        self._set_modes(self._off, flush=True)
 
-    def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
+    def _set_modes(self, off: int, *, flush: bool = False) -> None:
         """Set the modes that were found, but for some local ones that are off."""
         if not self._modes:
             return
@@ -696,6 +746,11 @@ class Terminal:
         with self._lock:
             if text := "".join([self._paint(line) + "\n" for line in lines]):
                 self._show_text(text)
+
+    def _show_text(self, text: str) -> None:
+        if self.person and self._prompt:
+            text = f"\n{text}{self._prompt}"
+        self._write(text)
 
     def _paint(self, line: ServerLine | str) -> str:
         """Return a line as it is shown, with what the flags ask for."""
@@ -723,73 +778,24 @@ class Terminal:
                     select.select([], [self._screen], [])
 
 
-class PlainTerminal(Terminal):
-    """Keyboard and screen without any escape sequence.
+class LineReader:
+    """Cuts what comes from a pipe or a plain terminal into lines, with their newlines."""
 
-    With a person at it, a prompt stands there while they type.  In a pipe it appears
-    together with the answer, so that what comes out reads like a session.
-    """
+    pasting = False  # nobody can know
 
-    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
-        super().__init__(keyboard, screen, options)
+    def __init__(self) -> None:
         # One over the limit is as good as any more: the server refuses it.
         self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         self._last = b"\n"  # of what was read
-        self._echoed = False  # the Enter that ended the line
 
-    def _begin(self) -> None:
-        self._echoed = False
-        if self.person:
-            self._write(self._prompt)
-        if self._prompt == PASSWORD:
-            # What is half typed in the system's buffer is no part of the secret.
-            self._set_modes(termios.ECHO if termios else 0, flush=True)
-
-    def _read_line(self) -> str | None:
-        if os.name == "nt" and self._prompt == PASSWORD:
-            return getpass.getpass("")
-        line = self._next()
-        if not line:
-            return line
-        text, shown = line.removesuffix("\n"), self._prompt != PASSWORD
-        self._echoed = shown and line != text
-        if not self.person:
-            self.show(self._prompt + text * shown)
-        return text
-
-    def _await_typing(self) -> None:
-        if os.name != "nt":
-            return super()._await_typing()
-        self._read_keyboard()  # select() takes sockets only there
-        self._heed_signals()
-
-    def _end(self) -> None:
-        if self.person and not self._echoed:
-            self._write("\n")
-        self._set_modes()
-
-    def _cut(self, chunk: bytes) -> list[str]:
-        # At the end of input the newline of the last line is made up: it counts.
-        chunk = chunk or b"\n".removeprefix(self._last)
+    def feed(self, chunk: bytes) -> list[str]:
+        """Add what was read, nothing at the end of input, and return complete lines."""
+        chunk = chunk or b"\n".removeprefix(self._last)  # the last line counts
         self._last = chunk[-1:]
         lines = self._splitter.feed(chunk)
         return [
             f"{line.decode(protocol.ENCODING, 'surrogateescape')}\n" for line in lines
         ]
-
-    def forget_typed(self) -> None:
-        super().forget_typed()
-        self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-
-    def nudge(self) -> None:
-        super().nudge()
-        if os.name == "nt" and self._until():
-            self.show("(Please press Enter.)")  # nothing else ends its reading there
-
-    def _show_text(self, text: str) -> None:
-        if self.person and self._prompt:
-            text = f"\n{text}{self._prompt}"
-        self._write(text)
 
 
 # --- keys ---------------------------------------------------------------------------
@@ -797,7 +803,7 @@ class PlainTerminal(Terminal):
 _JOINER = "\u200d"  # of emoji, and of letters of some scripts
 
 
-def cell_width(char: str) -> int:
+def _cell_width(char: str) -> int:
     """Return how many cells of the screen a character takes: 0, 1 or 2."""
     if unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
@@ -806,18 +812,18 @@ def cell_width(char: str) -> int:
 
 def _width_at(text: str, place: int) -> int:
     """Return how many cells text[place] takes; joined emoji take those of one."""
-    width = cell_width(text[place])
+    width = _cell_width(text[place])
     if width and place and text[place - 1] == _JOINER:
         base = place - 1
-        while base and not cell_width(text[base]):
+        while base and not _cell_width(text[base]):
             base -= 1
-        if cell_width(text[base]) == 2:  # letters that are joined stand side by side
+        if _cell_width(text[base]) == 2:  # letters that are joined stand side by side
             return 0
     return width
 
 
-# Where a key takes the cursor, to the left (by is -1) or to the right.  A character is
-# passed with all that combines with it, so that no key stops inside one.
+# Where a key takes the cursor, to the left (by is negative) or to the right.  A character
+# is passed with all that combines with it, so that no key stops inside one.
 def _step(text: str, place: int, by: int) -> int:
     place = min(max(0, place + by), len(text))
     while 0 < place < len(text) and not _width_at(text, place):
@@ -835,42 +841,45 @@ def _word(text: str, place: int, by: int, gap: str = r"\W") -> int:
     return place
 
 
-_left, _right, _home, _end = [
-    partial(_step, by=by) for by in (-1, 1, -sys.maxsize, sys.maxsize)
-]
-_word_left, _word_right = partial(_word, by=-1), partial(_word, by=1)
-# key → where it takes the cursor, and whether it cuts what it passes
+def _blanks_and_word(text: str, place: int, by: int) -> int:
+    return _word(text, place, by, gap=r"\s")
+
+
+_FAR = sys.maxsize
+# key → how it finds the place, and whether it cuts what is passed on the way there
 _KEYS = {
-    key: (move, cuts)
-    for move, cuts, keys in [
-        (_left, False, "\x02 \x1b[D \x1bOD"),
-        (_left, True, "\x7f \x08"),
-        (_right, False, "\x06 \x1b[C \x1bOC"),
-        (_right, True, "\x04 \x1b[3~"),
-        (_word_left, False, "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D"),
-        (_word_left, True, "\x1b\x7f \x1b\x08"),
-        (_word_right, False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
-        (_word_right, True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
-        (partial(_word_left, gap=r"\s"), True, "\x17"),
-        (_home, False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
-        (_home, True, "\x15"),
-        (_end, False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
-        (_end, True, "\x0b"),
+    key: (move, by, cuts)
+    for move, by, cuts, keys in [
+        (_step, -1, False, "\x02 \x1b[D \x1bOD"),
+        (_step, -1, True, "\x7f \x08"),
+        (_step, 1, False, "\x06 \x1b[C \x1bOC"),
+        (_step, 1, True, "\x04 \x1b[3~"),
+        (_step, -_FAR, False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
+        (_step, -_FAR, True, "\x15"),
+        (_step, _FAR, False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
+        (_step, _FAR, True, "\x0b"),
+        (_word, -1, False, "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D"),
+        (_word, -1, True, "\x1b\x7f \x1b\x08"),
+        (_word, 1, False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
+        (_word, 1, True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
+        (_blanks_and_word, -1, True, "\x17"),
     ]
     for key in keys.split(" ")
 }
 _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
 
-# One key: an escape sequence (also one that breaks off), Alt and a character, or a
-# character.  What matches none of them is the beginning of a sequence.
-_KEY = re.compile(
-    r"\x1b+\[\[?+[0-?]*+[ -/]*+(?:[@-~]|(?=.))"
-    r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b]",
-    re.DOTALL,
-)
 # Around what is pasted.  A key that begins so stands for a whole paste.
 _PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
 _BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
+# One key: a paste (before which a person may have pressed Escape), an escape sequence
+# (also one that breaks off), Alt and a character, or a character.  What matches none of
+# them is the beginning of a paste or of a sequence.
+_KEY = re.compile(
+    r"\x1b+\[200~([^\x1b]*+(?:\x1b(?!\[201~)[^\x1b]*+)*+)\x1b\[201~"
+    r"|(?!\x1b+\[200~)(?:\x1b+\[\[?+[0-?]*+[ -/]*+(?:[@-~]|(?=.))"
+    r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b])",
+    re.DOTALL,
+)
 
 
 class KeyReader:
@@ -882,52 +891,25 @@ class KeyReader:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
         self._rest = ""  # the beginning of a key
-        self.pasting = False  # the end of a paste is still to come
+
+    @property
+    def pasting(self) -> bool:
+        """The end of a paste is still to come."""
+        return self._rest.lstrip("\x1b").startswith(_PASTED[1:])
 
     def feed(self, chunk: bytes) -> list[str]:
         """Add what was read and return the keys that it completes."""
         self._rest += self._decoder.decode(chunk)
         keys, place = [], 0
-        self.pasting = False
         while match := _KEY.match(self._rest, place):
-            key, end = match[0], match.end()
-            if key.endswith(_PASTED):  # a person may have pressed Escape before
-                close = self._rest.find(_PASTE_END, end)
-                if close < 0:
-                    self.pasting = True
-                    break
-                key = _PASTED + self._rest[end:close][:MAX_TYPED_CHARS]
-                end = close + len(_PASTE_END)
-            keys.append(key)
-            place = end
+            pasted = match[1]
+            keys.append(match[0] if pasted is None else _PASTED + pasted)
+            place = match.end()
         self._rest = self._rest[place:]
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
         if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:
             self._rest = self._rest[:MAX_TYPED_CHARS] + self._rest[-len(_PASTE_END) :]
         return keys
-
-
-class History:
-    """The messages that were sent, and the one being typed as the newest of them."""
-
-    def __init__(self) -> None:
-        self._sent: deque[str] = deque(maxlen=HISTORY_LINES)
-
-    def add(self, text: str) -> None:
-        """Note a message."""
-        if text not in [*self._sent][-1:]:
-            self._sent.append(text)
-
-    def start(self) -> None:
-        """Begin a new message; what was changed in the old ones is as it was sent."""
-        self._drafts = [*self._sent, ""]
-        self._place = len(self._sent)
-
-    def move(self, steps: int, text: str) -> str:
-        """Return the message so many steps newer; text: the one left, as it is now."""
-        self._drafts[self._place] = text
-        self._place = min(max(0, self._place + steps), len(self._drafts) - 1)
-        return self._drafts[self._place]
 
 
 # --- the line editor ----------------------------------------------------------------
@@ -953,58 +935,43 @@ class LineEditor(Terminal):
     the window's size is one more reason to draw, and no case of its own.
     """
 
-    _kept_off = _EDITED
+    # A read that never waits is empty as well when Ctrl-C or Ctrl-Z has emptied the
+    # system's buffer before it.
     _idle_reads = 2
 
     def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
         super().__init__(keyboard, screen, options)
+        self._off = _EDITED
+        self._reader = KeyReader()
         self._colours = not os.environ.get("NO_COLOR")
-        self._keys = KeyReader()
-        self._last_key_at = 0.0
-        self._history = History()
+        self._before, self._after = self.draft  # the cursor, of the line being typed
+        self._was_pasted = False  # what was done last to it
+        self._pasted: deque[str] = deque()  # lines that are to be sent
+        self._sent: deque[str] = deque(maxlen=HISTORY_LINES)
         self._names: dict[str, str] = {}  # that were seen, by their keys; the last last
         self._fitting: Iterator[str] | None = None  # of them, for Tab once more
-        self._text, self._place = self.draft  # the line being typed, and its cursor
-        self._pasted: deque[str] = deque()  # lines that are to be sent
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
-        self._brackets = ""  # that were asked for, or not, around a paste
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        for number in signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT:
-            signal.signal(number, lambda number, _: self._signals.append(number))
-        return self
-
-    def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
+    def _set_modes(self, off: int, *, flush: bool = False) -> None:
         super()._set_modes(off, flush=flush)
-        before, self._brackets = self._brackets, _BRACKETS_ON if off else _BRACKETS_OFF
         # A signal handler may be here because the screen takes nothing any more.
-        ready = select.select([], [self._screen], [], QUIET_SECONDS)[1]
-        if self._brackets != before and ready:
-            self._write(self._brackets)
-
-    def _heed(self, number: int) -> None:
-        if number == signal.SIGTSTP:
-            if not self._keys.pasting:  # the shell would get, and run, the rest
-                self._stop()
-        elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
-            with self._lock:
-                self._shown = ("", "")  # the shell has written since
-                self._brackets = ""
-                self._set_modes(self._kept_off)
-        elif number != signal.SIGWINCH:  # for which it is enough to wake
-            super()._heed(number)
+        if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
+            self._write(_BRACKETS_ON if off else _BRACKETS_OFF)
 
     def _stop(self) -> None:
-        """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
+        if not self._reader.pasting:  # the shell would get, and run, the rest
+            with self._lock:
+                self._end()
+                super()._stop()
+
+    def _resume(self) -> None:
         with self._lock:
-            self._end()
-            self._set_modes()
-            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTSTP)
-            signal.signal(signal.SIGTSTP, handler)
-            # Without a shell to continue it the system has not stopped it at all.
-            self._signals.append(signal.SIGCONT)
+            self._shown = ("", "")  # the shell has written since
+            super()._resume()
+
+    def forget_typed(self) -> None:
+        super().forget_typed()
+        self._pasted.clear()
 
     # --- asking ---------------------------------------------------------------------
 
@@ -1020,7 +987,7 @@ class LineEditor(Terminal):
             if len(self._pasted) > MAX_PASTED_LINES:
                 self._confirm(until)
         if answer.strip() and prompt == MESSAGE:
-            self._history.add(answer)
+            self._sent.append(answer)
         return answer
 
     def _confirm(self, until: Fact) -> None:
@@ -1030,26 +997,26 @@ class LineEditor(Terminal):
         if (answer or "").strip().lower() in ("y", "yes"):
             self._pasted = lines
         else:
-            self.draft = (lines[0], len(lines[0]))
+            self.draft = (lines[0], "")
 
     def _begin(self) -> None:
-        self._text, self._place, self._fitting = "", 0, None
-        self._was_pasted = False  # what was done last to the line being typed
+        self._before = self._after = ""
+        self._was_pasted, self._fitting = False, None
+        self._drafts = [*self._sent, ""]  # what Up and Down go through, as it is now
+        self._recalled = len(self._sent)
         if self._prompt == MESSAGE:
-            (self._text, self._place), self.draft = self.draft, ("", 0)
-        self._history.start()
+            (self._before, self._after), self.draft = self.draft, ("", "")
         self._draw()
 
     def _read_line(self) -> str | None:
         """Let keys change the line until one of them ends it."""
         while key := self._next():
+            text = self._before + self._after
             if key in "\r\n":
-                if not (self._was_pasted and _is_quit(self._text)):
-                    return self._text
-                self._pasted.append(self._text)  # it is text, and no wish to leave
-                self._text, self._place = "", 0
-                break
-            if key == "\x04" and not self._text:
+                if not _is_quit(text):
+                    return text
+                return f"{text} " if self._was_pasted else None
+            if key == "\x04" and not text:
                 return None
             with self._lock:
                 self._edit(key)
@@ -1061,33 +1028,40 @@ class LineEditor(Terminal):
             return None
         with self._lock:  # the line goes: something else comes here before it is sent
             if self._prompt == MESSAGE:
-                self.draft = (self._text, self._place)
+                self.draft = (self._before, self._after)
             self._write(self._erase())
             self._prompt = ""
         return ""
 
     def _end(self) -> None:
         if self._prompt:  # the line stays on the screen, whole
-            text = "" if self._prompt == PASSWORD else self._text
+            text = "" if self._prompt == PASSWORD else self._before + self._after
             self._write(f"{self._erase()}{self._prompt}{text}\n")
 
+    def _await_typing(self) -> None:
+        pasting = self._reader.pasting
+        if not self._watch(PASTE_SECONDS if pasting else math.inf):  # its end got lost
+            self._ahead += self._reader.feed(_PASTE_END.encode())
+        if not self._ahead:  # the window's size has changed, or all is forgotten
+            with self._lock:
+                self._draw()
+
+    # --- editing: caller holds _lock ------------------------------------------------
+
     def _edit(self, key: str) -> None:
-        """Change the line as a key asks for.  Caller holds _lock."""
+        """Change the line as a key asks for."""
         self._was_pasted = False
         if key == "\t":
-            self._complete()
-            return
+            return self._complete()
         self._fitting = None
         if key in _KEYS:
-            move, cuts = _KEYS[key]
-            start, end = sorted((self._place, move(self._text, self._place)))
-            if cuts:
-                self._text, self._place = self._text[:start] + self._text[end:], start
-            else:
-                self._place = start + end - self._place
+            move, by, cuts = _KEYS[key]
+            text, start = self._before + self._after, len(self._before)
+            end = move(text, start, by)
+            self._before = text[: min(start, end) if cuts else end]
+            self._after = text[max(start, end) if cuts else end :]
         elif key in _RECALLS and self._prompt != PASSWORD:
-            self._text = self._history.move(_RECALLS[key], self._text)
-            self._place = len(self._text)
+            self._recall(_RECALLS[key])
         elif key == "\x0c":
             self._write("\x1b[H\x1b[2J")
             self._shown = ("", "")
@@ -1096,13 +1070,17 @@ class LineEditor(Terminal):
             self._was_pasted = self._prompt == MESSAGE
         elif key >= " " and key[0] != "\x1b":
             self._insert(protocol.clean(key))
+        return None
 
-    def _insert(self, text: str, instead_of: int = 0) -> None:
-        """Insert a text in place of so many characters before the cursor."""
-        before = self._text[: self._place - instead_of]
-        after = self._text[self._place :]
-        text = text[: max(0, MAX_TYPED_CHARS - len(self._text))]
-        self._text, self._place = before + text + after, len(before + text)
+    def _insert(self, text: str) -> None:
+        room = MAX_TYPED_CHARS - len(self._before) - len(self._after)
+        self._before += text[: max(0, room)]
+
+    def _recall(self, steps: int) -> None:
+        """Go to the message so many steps newer; the one being typed is the newest."""
+        self._drafts[self._recalled] = self._before + self._after
+        self._recalled = min(max(0, self._recalled + steps), len(self._sent))
+        self._before, self._after = self._drafts[self._recalled], ""
 
     def _paste(self, text: str) -> None:
         """Insert a line; of a longer text put the lines into _pasted.
@@ -1111,34 +1089,28 @@ class LineEditor(Terminal):
         Where no message is typed, only the first line is of use.
         """
         first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
+        self._insert(first)
         if not more or self._prompt != MESSAGE:
-            self._insert(first)
             return
-        *lines, last = self._text[: self._place] + first, *more
-        rest = last + self._text[self._place :]
-        lines = [line for line in lines if line.strip()]
-        if rest.strip() and len(lines) >= MAX_PASTED_LINES:
-            lines, rest, last = [*lines, rest], "", ""
-        self._pasted.extend(lines)
-        self._text, self._place = rest, len(last)
+        lines = [self._before, *more]
+        if sum(line.strip() != "" for line in lines) > MAX_PASTED_LINES:
+            lines.append("")
+        *lines, self._before = lines
+        self._pasted.extend([line for line in lines if line.strip()])
 
     def _complete(self) -> None:
         """Complete a name that was seen; once more: the next one that fits."""
         # Once more, the name that was put in is the stem, and is replaced.
-        stem = self._text[: self._place].rpartition(" ")[2]
+        stem = self._before.rpartition(" ")[2]
         if self._fitting is None:
-            names = self._others_names(stem)
-            if self._prompt == PASSWORD or not names:
-                self._insert(protocol.clean("\t"))
-                return
-            self._fitting = cycle(names)
-        self._insert(next(self._fitting), instead_of=len(stem))
-
-    def _others_names(self, stem: str) -> list[str]:
-        """Return the names of others that begin so, the one seen last first."""
-        start = protocol.name_key(stem)
-        seen = [name for key, name in self._names.items() if key.startswith(start)]
-        return [name for name in reversed(seen) if not self._mention.fullmatch(name)]
+            start = protocol.name_key(stem)
+            seen = [name for key, name in self._names.items() if key.startswith(start)]
+            others = [name for name in seen if not self._mention.fullmatch(name)]
+            if self._prompt == PASSWORD or not others:
+                return self._insert(protocol.clean("\t"))
+            self._fitting = cycle(reversed(others))
+        self._before = self._before.removesuffix(stem)
+        return self._insert(next(self._fitting))
 
     def _note_names(self, line: ServerLine) -> None:
         found = _NAMES.findall(line.text) if line.mark == "*" else []
@@ -1148,27 +1120,6 @@ class LineEditor(Terminal):
                 self._names[protocol.name_key(name)] = name
         while len(self._names) > NAMES_SEEN:
             del self._names[next(iter(self._names))]
-
-    # --- the keyboard ---------------------------------------------------------------
-
-    def _cut(self, chunk: bytes) -> list[str]:
-        self._last_key_at = time.monotonic()
-        keys = self._keys.feed(chunk)
-        self._pause = PASTE_SECONDS if self._keys.pasting else QUIET_SECONDS
-        return keys
-
-    def _await_typing(self) -> None:
-        self._watch(PASTE_SECONDS if self._keys.pasting else math.inf)
-        silent = time.monotonic() - self._last_key_at >= PASTE_SECONDS
-        if self._keys.pasting and silent:  # its end got lost
-            self._ahead += self._cut(_PASTE_END.encode())
-        if not self._ahead:  # the window's size has changed, or all is forgotten
-            with self._lock:
-                self._draw()
-
-    def forget_typed(self) -> None:
-        super().forget_typed()
-        self._pasted.clear()
 
     # --- the screen -----------------------------------------------------------------
 
@@ -1207,12 +1158,9 @@ class LineEditor(Terminal):
         Caller holds _lock.
         """
         columns, rows = self._size()
-        text, place = self._text, self._place
-        if self._prompt == PASSWORD:
-            text, place = "", 0
-        before, after = _window(
-            f"{self._prompt}{text[:place]}", text[place:], columns, rows - 1
-        )
+        hidden = self._prompt == PASSWORD
+        before, after = ("", "") if hidden else (self._before, self._after)
+        before, after = _window(self._prompt + before, after, columns, rows - 1)
         places = _places(before + after, columns)
         (end_row, end_column), (row, column) = places[-1], places[len(before)]
         self._write(
@@ -1225,10 +1173,9 @@ class LineEditor(Terminal):
 
     def _size(self) -> tuple[int, int]:
         """Return columns and rows of the window, as they are now."""
-        try:
+        columns = rows = 0
+        with suppress(OSError):  # the terminal has been closed
             columns, rows = os.get_terminal_size(self._screen)
-        except OSError:
-            columns = rows = 0
         return columns or 80, rows or 24
 
 
@@ -1246,8 +1193,7 @@ def _places(text: str, columns: int) -> list[tuple[int, int]]:
             row, column = row + 1, 0
         places.append((row, column))
         column += width
-    places.append((row, column) if column < columns else (row + 1, 0))
-    return places
+    return [*places, (row, column) if column < columns else (row + 1, 0)]
 
 
 def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]:
@@ -1260,8 +1206,8 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
     last_row = max(rows - 1, places[len(before)][0])
     inside = [last_row - rows < row <= last_row for row, _ in places[:-1]]
     return (
-        "".join([c for c, shown in zip(before, inside) if shown]),
-        "".join([c for c, shown in zip(after, inside[len(before) :]) if shown]),
+        "".join(compress(before, inside)),
+        "".join(compress(after, inside[len(before) :])),
     )
 
 
