@@ -59,11 +59,10 @@ READ_BYTES = 4096  # of the keyboard or a pipe
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
 PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
 FORGET_SECONDS = 3.0  # that keys which never end may hold up the end of the program
-MAX_TYPED_CHARS = 1024 * 1024  # in one line or paste: what comes after is left out
+MAX_TYPED_CHARS = 1024 * 1024  # in one paste: what comes after is left out
 MAX_TYPED_AHEAD = 4096  # keys or lines; the rest waits in the system
 MAX_PASTED_LINES = 5  # that are sent without asking
-HISTORY_LINES = 1000
-NAMES_SEEN = 1000
+REMEMBERED = 1000  # messages, and names
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 CHOICES = {"1": "Join the chat", "q": "Leave the chat", "2": "Exit the program"}
@@ -77,6 +76,7 @@ SECRET_COMMANDS = frozenset({"/register"})
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 Fact = Callable[[], object]  # is so if what it returns is true
+_never: Fact = lambda: False
 
 
 class Leave(Exception):
@@ -247,8 +247,6 @@ class ChatClient:
                 return choice
             self._terminal.show(f"Please choose one of these: {', '.join(CHOICES)}.")
 
-    # --- joining --------------------------------------------------------------------
-
     def _join(self) -> None:
         """Ask for a name, and its password if it has one, until the server takes it."""
         if not self._terminal.person:
@@ -308,8 +306,6 @@ class ChatClient:
     def _is_asked(self) -> bool:
         return self._answer is not None and self._answer.mark == "?"
 
-    # --- chatting -------------------------------------------------------------------
-
     def handle_chat(self, client_socket: socket.socket) -> None:
         """Send what the person types until they leave or the connection is lost."""
         while not self._end:
@@ -328,6 +324,7 @@ class ChatClient:
         try:
             text = self._terminal.ask(MESSAGE, lambda: self._end or self._is_asked())
         except Leave:
+            self._terminal.leaving = True
             with suppress(ConnectionLost):  # then nobody is there to be told
                 self._send("q")
             raise
@@ -356,8 +353,6 @@ class ChatClient:
             self._status = 1  # the next line in the pipe is the password, for nobody
             raise Leave(LEAVING)
 
-    # --- sending and leaving --------------------------------------------------------
-
     def _send(self, text: str) -> None:
         """Send a line."""
         unsent = memoryview(protocol.encode_line(text))
@@ -381,6 +376,7 @@ class ChatClient:
 
         In a pipe however long that takes.
         """
+        self._terminal.leaving = True
         self._terminal.show(str(leave))
         if isinstance(leave, ServerHangs) and self._joined:
             self._terminal.show("The server has not taken the last line.")
@@ -403,8 +399,6 @@ class ChatClient:
             self._receiver.join()
         self._socket.close()
         self._joined = False
-
-    # --- receiving ------------------------------------------------------------------
 
     def receive_messages(self, client_socket: socket.socket) -> None:
         """Show what comes until the connection ends.  Runs in the receiver thread."""
@@ -448,10 +442,6 @@ def _is_quit(text: str) -> bool:
     return text.strip().lower() == "q"
 
 
-def _never() -> bool:
-    return False
-
-
 # --- keyboard and screen ------------------------------------------------------------
 
 # The local modes that are off while we get key by key (Ctrl-C and Ctrl-Z stay signals),
@@ -488,7 +478,7 @@ class Terminal:
         self._reader: LineReader | KeyReader = LineReader()
         self._ahead: deque[str] = deque()  # lines or keys, typed but not used yet
         self._input_ended, self._empty_reads = False, 0
-        self._leaving = False  # the person has asked to
+        self.leaving = False  # the person has asked to
         # For whoever wants the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
@@ -522,21 +512,11 @@ class Terminal:
         pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
         self._mention = re.compile(pattern, re.IGNORECASE)
 
-    # --- asking ---------------------------------------------------------------------
-
     def ask(self, prompt: str, until: Fact = _never) -> str:
         """Return the line that is typed.  Raises Leave if the person leaves.
 
         until: "" is the answer as soon as this is so; looked at after every nudge.
         """
-        line = self._ask(prompt, until)
-        if line is None:
-            self._leaving = True
-            raise Leave(LEAVING)
-        return line
-
-    def _ask(self, prompt: str, until: Fact) -> str | None:
-        """Return the line that is typed; None if the person leaves."""
         with self._lock:
             self._prompt, self._until = prompt, until
             self._begin()
@@ -557,17 +537,18 @@ class Terminal:
             self._off = _HIDDEN
             self._set_modes(self._off, flush=True)
 
-    def _read_line(self) -> str | None:
+    def _read_line(self) -> str:
         if os.name == "nt" and self._prompt == PASSWORD:
             return getpass.getpass("")
-        line = self._next()
-        if not line:
+        if not (line := self._next()):
             return line
         text, shown = line.removesuffix("\n"), self._prompt != PASSWORD
         self._echoed = shown and line != text
         if not self.person:
             self.show(self._prompt + text * shown)
-        return None if _is_quit(text) else text
+        if _is_quit(text):
+            raise Leave(LEAVING)
+        return text
 
     def _end(self) -> None:
         """See to it that what is shown next begins a row.  Caller holds _lock."""
@@ -576,13 +557,13 @@ class Terminal:
         self._off = 0
         self._set_modes(self._off)
 
-    def _next(self) -> str | None:
-        """Return the next line or key; None at the end of input, "" if woken."""
+    def _next(self) -> str:
+        """Return the next line or key; "" if woken.  The end of input is a Leave."""
         while not self._ahead:
             if self._until():  # what was typed before has been used by now
                 return ""
             if self._input_ended:
-                return None
+                raise Leave(LEAVING)
             self._await_typing()
         return self._ahead.popleft()
 
@@ -592,8 +573,6 @@ class Terminal:
             self._heed_signals()
         else:
             self._watch()
-
-    # --- waiting --------------------------------------------------------------------
 
     def wait(
         self, fact: Fact, writable: socket.socket | None = None, patient: bool = False
@@ -616,7 +595,7 @@ class Terminal:
 
     def _wants_to_leave(self) -> bool:
         """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
-        if self._leaving or self._ending:
+        if self.leaving:
             return True
         if not self.person:  # what is in a pipe is delivered, however long that takes
             return self._input_ended and not self._ahead
@@ -660,8 +639,6 @@ class Terminal:
         self._input_ended = self._empty_reads > self._idle_reads
         self._ahead += self._reader.feed(chunk)
 
-    # --- signals, modes, and the end ------------------------------------------------
-
     def _on_end(self, number: int, _: object) -> None:
         """Note that the program is to end.  The second time end it at once.
 
@@ -681,7 +658,7 @@ class Terminal:
             if number == signal.SIGTSTP:
                 self._stop()
             elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
-                self._resume()
+                self._set_modes(self._off)
             elif number != signal.SIGWINCH:  # for which it is enough to wake
                 sys.exit(128 + number)
 
@@ -693,9 +670,6 @@ class Terminal:
         signal.signal(signal.SIGTSTP, handler)
         # Without a shell to continue it the system has not stopped it at all.
         self._signals.append(signal.SIGCONT)
-
-    def _resume(self) -> None:
-        self._set_modes(self._off)
 
     def _restore(self) -> None:
         """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
@@ -738,8 +712,6 @@ class Terminal:
                 termios.tcflush(self._keyboard, termios.TCIFLUSH)
             # At once: output that is paused must not hold this up.
             termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
-
-    # --- the screen -----------------------------------------------------------------
 
     def show(self, *lines: ServerLine | str) -> None:
         """Show whole lines above the one being typed.  For any thread."""
@@ -942,21 +914,24 @@ class LineEditor(Terminal):
     def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
         super().__init__(keyboard, screen, options)
         self._off = _EDITED
+        self._brackets = ""  # that were asked for, or not, around a paste
         self._reader = KeyReader()
         self._colours = not os.environ.get("NO_COLOR")
         self._before, self._after = self.draft  # the cursor, of the line being typed
         self._was_pasted = False  # what was done last to it
         self._pasted: deque[str] = deque()  # lines that are to be sent
-        self._sent: deque[str] = deque(maxlen=HISTORY_LINES)
+        self._sent: deque[str] = deque(maxlen=REMEMBERED)
         self._names: dict[str, str] = {}  # that were seen, by their keys; the last last
         self._fitting: Iterator[str] | None = None  # of them, for Tab once more
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
 
     def _set_modes(self, off: int, *, flush: bool = False) -> None:
         super()._set_modes(off, flush=flush)
+        before, self._brackets = self._brackets, _BRACKETS_ON if off else _BRACKETS_OFF
         # A signal handler may be here because the screen takes nothing any more.
-        if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
-            self._write(_BRACKETS_ON if off else _BRACKETS_OFF)
+        ready = select.select([], [self._screen], [], QUIET_SECONDS)[1]
+        if self._brackets != before and ready:
+            self._write(self._brackets)
 
     def _stop(self) -> None:
         if not self._reader.pasting:  # the shell would get, and run, the rest
@@ -964,16 +939,9 @@ class LineEditor(Terminal):
                 self._end()
                 super()._stop()
 
-    def _resume(self) -> None:
-        with self._lock:
-            self._shown = ("", "")  # the shell has written since
-            super()._resume()
-
     def forget_typed(self) -> None:
         super().forget_typed()
         self._pasted.clear()
-
-    # --- asking ---------------------------------------------------------------------
 
     def ask(self, prompt: str, until: Fact = _never) -> str:
         """Return the line that is typed, or the next one that was pasted."""
@@ -993,11 +961,12 @@ class LineEditor(Terminal):
     def _confirm(self, until: Fact) -> None:
         """Ask before many lines are sent; Enter alone means No."""
         lines, self._pasted = self._pasted, deque()
-        answer = self._ask(f"Send {len(lines)} lines? [y/N] ", until)
-        if (answer or "").strip().lower() in ("y", "yes"):
-            self._pasted = lines
-        else:
-            self.draft = (lines[0], "")
+        with suppress(Leave):
+            answer = super().ask(f"Send {len(lines)} lines? [y/N] ", until)
+            if answer.strip().lower() in ("y", "yes"):
+                self._pasted = lines
+                return
+        self.draft = (lines[0], "")
 
     def _begin(self) -> None:
         self._before = self._after = ""
@@ -1008,24 +977,24 @@ class LineEditor(Terminal):
             (self._before, self._after), self.draft = self.draft, ("", "")
         self._draw()
 
-    def _read_line(self) -> str | None:
+    def _read_line(self) -> str:
         """Let keys change the line until one of them ends it."""
         while key := self._next():
             text = self._before + self._after
+            if key == "\x04" and not text:
+                raise Leave(LEAVING)
             if key in "\r\n":
                 if not _is_quit(text):
                     return text
-                return f"{text} " if self._was_pasted else None
-            if key == "\x04" and not text:
-                return None
+                if not self._was_pasted:
+                    raise Leave(LEAVING)
+                return f"{text} "
             with self._lock:
                 self._edit(key)
                 if self._pasted:
                     break
                 if not self._ahead:  # of many keys at once only the last one is drawn
                     self._draw()
-        if key is None:
-            return None
         with self._lock:  # the line goes: something else comes here before it is sent
             if self._prompt == MESSAGE:
                 self.draft = (self._before, self._after)
@@ -1045,8 +1014,6 @@ class LineEditor(Terminal):
         if not self._ahead:  # the window's size has changed, or all is forgotten
             with self._lock:
                 self._draw()
-
-    # --- editing: caller holds _lock ------------------------------------------------
 
     def _edit(self, key: str) -> None:
         """Change the line as a key asks for."""
@@ -1069,12 +1036,8 @@ class LineEditor(Terminal):
             self._paste(key.removeprefix(_PASTED))
             self._was_pasted = self._prompt == MESSAGE
         elif key >= " " and key[0] != "\x1b":
-            self._insert(protocol.clean(key))
+            self._before += protocol.clean(key)
         return None
-
-    def _insert(self, text: str) -> None:
-        room = MAX_TYPED_CHARS - len(self._before) - len(self._after)
-        self._before += text[: max(0, room)]
 
     def _recall(self, steps: int) -> None:
         """Go to the message so many steps newer; the one being typed is the newest."""
@@ -1089,7 +1052,7 @@ class LineEditor(Terminal):
         Where no message is typed, only the first line is of use.
         """
         first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
-        self._insert(first)
+        self._before += first
         if not more or self._prompt != MESSAGE:
             return
         lines = [self._before, *more]
@@ -1107,10 +1070,10 @@ class LineEditor(Terminal):
             seen = [name for key, name in self._names.items() if key.startswith(start)]
             others = [name for name in seen if not self._mention.fullmatch(name)]
             if self._prompt == PASSWORD or not others:
-                return self._insert(protocol.clean("\t"))
+                self._before += protocol.clean("\t")
+                return
             self._fitting = cycle(reversed(others))
-        self._before = self._before.removesuffix(stem)
-        return self._insert(next(self._fitting))
+        self._before = self._before.removesuffix(stem) + next(self._fitting)
 
     def _note_names(self, line: ServerLine) -> None:
         found = _NAMES.findall(line.text) if line.mark == "*" else []
@@ -1118,10 +1081,8 @@ class LineEditor(Terminal):
             if 0 < len(name) <= protocol.MAX_NAME_CHARS:
                 self._names.pop(protocol.name_key(name), None)
                 self._names[protocol.name_key(name)] = name
-        while len(self._names) > NAMES_SEEN:
+        while len(self._names) > REMEMBERED:
             del self._names[next(iter(self._names))]
-
-    # --- the screen -----------------------------------------------------------------
 
     def _style(self, line: ServerLine) -> str:
         """Return a line in its colours; the person's own name is bold in it."""
