@@ -66,11 +66,11 @@ REMEMBERED = 1000  # messages, and names
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 CHOICES = {"1": "Join the chat", "q": "Leave the chat", "2": "Exit the program"}
+CLOSED = "the server closed the connection"
 LEAVING = "Leaving the chat..."
 MESSAGE = "You: "  # what is typed here can be half typed, pasted, and recalled
 PASSWORD = "Password: "  # what is typed here is not shown, and remembered nowhere
-# The line after one of these is a secret, and the server says so with a question.
-SECRET_COMMANDS = frozenset({"/register"})
+SECRET_COMMAND = "/register"  # a password follows, if the server asks for it
 
 # Windows has no such flag: there a server that hangs holds up a line until it goes on.
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
@@ -236,7 +236,8 @@ class ChatClient:
                 if not self._terminal.person:
                     return None
                 # It was meant for the chat, and would be taken for answers.
-                self._terminal.forget_typed()
+                if unsent := self._terminal.forget_typed():
+                    self._terminal.show(f"Pasted lines that were not sent: {unsent}.")
 
     def menu(self) -> str:
         """Show the menu until one of CHOICES is chosen."""
@@ -294,13 +295,21 @@ class ChatClient:
             try:
                 self._connect(LEAVE_SECONDS)
             except OSError as error:
+                self._terminal.check_leaving()
                 raise ConnectionLost(_reason(error)) from None
 
-    def _exchange(self, text: str) -> None:
-        """Send a line and wait for its answer."""
+    def _exchange(self, text: str, about: str = "") -> None:
+        """Send a line, and wait for a question or for a line that begins so."""
         self._send(text)
-        self._terminal.wait(lambda: self._answer or self._end)
-        if self._end and not self._answer:
+
+        def told() -> bool:
+            answer = self._answer
+            return answer is not None and (
+                answer.mark == "?" or answer.text.startswith(about)
+            )
+
+        self._terminal.wait(lambda: told() or self._end, patient=self._joined)
+        if self._end and not told():
             raise self._end
 
     def _is_asked(self) -> bool:
@@ -328,28 +337,20 @@ class ChatClient:
             with suppress(ConnectionLost):  # then nobody is there to be told
                 self._send("q")
             raise
-        if not text.strip():
-            return
-        try:
-            self._send(text)
-        except ConnectionLost:
-            self._terminal.draft = (text, "")
-            raise
         # As it is: cleaned it may be longer than a line may be.
         command, _ = protocol.split_command(protocol.clean(text))
-        if command in SECRET_COMMANDS:
-            self._await_question(command)
-
-    def _await_question(self, command: str) -> None:
-        """Wait until the server asks for the secret behind a command, or refuses it."""
-
-        def refused() -> bool:
-            # An earlier line may be what was refused; our server names the command.
-            return self._answer is not None and self._answer.text.startswith(command)
-
-        told: Fact = lambda: self._end or self._is_asked() or refused()
-        self._terminal.wait(told, patient=True)
-        if not (self._end or self._is_asked() or self._terminal.person):
+        try:
+            if command == SECRET_COMMAND:
+                # An earlier line may be refused now; our server names the command.
+                self._exchange(text, about=command)
+            elif text.strip():
+                self._send(text)
+        except ConnectionLost:
+            self._terminal.put_back(text)
+            raise
+        if command == SECRET_COMMAND and not (
+            self._is_asked() or self._terminal.person
+        ):
             self._status = 1  # the next line in the pipe is the password, for nobody
             raise Leave(LEAVING)
 
@@ -379,7 +380,7 @@ class ChatClient:
         self._terminal.leaving = True
         self._terminal.show(str(leave))
         if isinstance(leave, ServerHangs) and self._joined:
-            self._terminal.show("The server has not taken the last line.")
+            self._terminal.show("The server does not answer.")
         elif self._joined:
             with suppress(OSError):  # the server was quicker
                 self._socket.shutdown(socket.SHUT_WR)
@@ -388,6 +389,9 @@ class ChatClient:
                     self._terminal.wait(lambda: self._end, patient=True)
             except KeyboardInterrupt:
                 self._status = INTERRUPTED
+            if self._end and str(self._end) != CLOSED and not self._terminal.person:
+                self._status = 1  # nobody knows how much of it has arrived
+                self._terminal.show(f"Connection lost: {self._end}.")
         self._hang_up()
         self._terminal.show("Connection closed.")
 
@@ -408,7 +412,7 @@ class ChatClient:
             while chunk := client_socket.recv(RECEIVE_BYTES):
                 lines = map(protocol.decode_shown, splitter.feed(chunk))
                 self._take([protocol.parse_server_line(line) for line in lines])
-            end = ConnectionLost("the server closed the connection")
+            end = ConnectionLost(CLOSED)
         except OSError as error:
             end = ConnectionLost(_reason(error))
         except ServerFull as full:  # which is not shown before 1 is chosen
@@ -527,6 +531,9 @@ class Terminal:
                 self._end()
                 self._prompt, self._until = "", _never
 
+    def put_back(self, text: str) -> None:
+        """Let a line that could not be sent be typed on, if there is an editor."""
+
     def _begin(self) -> None:
         """Show the prompt.  Caller holds _lock."""
         self._echoed = False
@@ -602,6 +609,12 @@ class Terminal:
         typed = [key for key in self._ahead if not key.startswith(_PASTED)]
         return self._input_ended or _LEAVES.search("".join(typed)) is not None
 
+    def check_leaving(self) -> None:
+        """Raise Leave if the person has asked to while nobody watched the keyboard."""
+        self._watch(0)
+        if self.person and self._wants_to_leave():
+            raise Leave(LEAVING)
+
     def nudge(self) -> None:
         """Let the main thread look at what it waits for.  For any thread."""
         with suppress(OSError):  # full of nudges, or nobody waits any more
@@ -676,14 +689,14 @@ class Terminal:
         self.forget_typed()
         self._set_modes(0)
 
-    def forget_typed(self) -> None:
+    def forget_typed(self) -> int:
         """Throw away what was typed ahead, lest the menu or the shell take it.
 
-        A terminal goes on sending the rest of a long paste after the system's buffer
+        Returns how many pasted lines there were.  A terminal goes on sending the rest of a long paste after the system's buffer
         has been emptied, so this waits until nothing comes any more.
         """
-        if not self._modes:
-            return
+        if not self._modes or self._in_background():
+            return 0
         deadline = time.monotonic() + FORGET_SECONDS
         self._set_modes(_EDITED)
         with suppress(OSError):  # the terminal has been closed
@@ -698,10 +711,17 @@ class Terminal:
             self._reader = type(self._reader)()
         self._ahead.clear()
         self._set_modes(self._off, flush=True)
+        return 0
+
+    def _in_background(self) -> bool:
+        """Tell whether the shell has the terminal: to touch it would stop the program."""
+        with suppress(OSError):  # no shell with job control has it
+            return os.tcgetpgrp(self._keyboard) != os.getpgrp()
+        return False
 
     def _set_modes(self, off: int, *, flush: bool = False) -> None:
         """Set the modes that were found, but for some local ones that are off."""
-        if not self._modes:
+        if not self._modes or self._in_background():
             return
         modes = [*self._modes[:6], [*self._modes[6]]]
         modes[3] &= ~off
@@ -920,6 +940,7 @@ class LineEditor(Terminal):
         self._before, self._after = self.draft  # the cursor, of the line being typed
         self._was_pasted = False  # what was done last to it
         self._pasted: deque[str] = deque()  # lines that are to be sent
+        self._unpasted = ("", "")  # the line with the first of them alone
         self._sent: deque[str] = deque(maxlen=REMEMBERED)
         self._names: dict[str, str] = {}  # that were seen, by their keys; the last last
         self._fitting: Iterator[str] | None = None  # of them, for Tab once more
@@ -939,9 +960,14 @@ class LineEditor(Terminal):
                 self._end()
                 super()._stop()
 
-    def forget_typed(self) -> None:
+    def forget_typed(self) -> int:
         super().forget_typed()
+        unsent = len(self._pasted)
         self._pasted.clear()
+        return unsent
+
+    def put_back(self, text: str) -> None:
+        self.draft = (text, "".join(self.draft))
 
     def ask(self, prompt: str, until: Fact = _never) -> str:
         """Return the line that is typed, or the next one that was pasted."""
@@ -966,7 +992,7 @@ class LineEditor(Terminal):
             if answer.strip().lower() in ("y", "yes"):
                 self._pasted = lines
                 return
-        self.draft = (lines[0], "")
+        self.draft = self._unpasted
 
     def _begin(self) -> None:
         self._before = self._after = ""
@@ -1055,6 +1081,7 @@ class LineEditor(Terminal):
         self._before += first
         if not more or self._prompt != MESSAGE:
             return
+        self._unpasted = (self._before, self._after)
         lines = [self._before, *more]
         if sum(line.strip() != "" for line in lines) > MAX_PASTED_LINES:
             lines.append("")
