@@ -103,7 +103,7 @@ def client_program() -> int:
     _fill_standard_streams()
     options = _parse_arguments()
     try:
-        terminal = _open_terminal(options)
+        terminal = _kind_of_terminal()(options)
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
@@ -137,12 +137,10 @@ def _parse_arguments() -> argparse.Namespace:
     return flags.parse_args()
 
 
-def _open_terminal(options: argparse.Namespace) -> Terminal:
-    keyboard, screen = sys.stdin.fileno(), sys.stdout.fileno()
-    two_ways = os.isatty(keyboard) and os.isatty(screen)
-    if termios is None or not two_ways or os.environ.get("TERM") == "dumb":
-        return Terminal(keyboard, screen, options)
-    return LineEditor(keyboard, screen, options)
+def _kind_of_terminal() -> type[Terminal]:
+    two_ways = sys.stdin.isatty() and sys.stdout.isatty()
+    plain = termios is None or not two_ways or os.environ.get("TERM") == "dumb"
+    return Terminal if plain else LineEditor
 
 
 _ADVICE = {
@@ -346,7 +344,7 @@ class ChatClient:
             elif text.strip():
                 self._send(text)
         except ConnectionLost:
-            self._terminal.put_back(text)
+            self._terminal.draft = (text, "".join(self._terminal.draft))
             raise
         if command == SECRET_COMMAND and not (
             self._is_asked() or self._terminal.person
@@ -467,11 +465,12 @@ class Terminal:
     # How many empty reads in a row are no end of input.
     _idle_reads = 0
 
-    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
-        self._keyboard, self._screen, self._options = keyboard, screen, options
-        self.person = os.isatty(keyboard)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._keyboard, self._screen = sys.stdin.fileno(), sys.stdout.fileno()
+        self._options = options
+        self.person = sys.stdin.isatty()
         # What is half typed at MESSAGE, before the cursor and behind it, while other
-        # things are asked for.  Stays empty where the system edits the line.
+        # things are asked for.
         self.draft = ("", "")
         # Guards the screen and what stands on it.  Held while writing to it.
         self._lock = threading.RLock()
@@ -488,7 +487,7 @@ class Terminal:
         self._waker.setblocking(False)
         self._signals: deque[int] = deque()  # that have come
         self._ending = False  # one of them ends the program
-        found = termios.tcgetattr(keyboard) if termios and self.person else None
+        found = termios.tcgetattr(self._keyboard) if termios and self.person else None
         self._modes: list[Any] | None = found
         self._off = 0  # of the local modes, while the terminal is ours
 
@@ -531,12 +530,10 @@ class Terminal:
                 self._end()
                 self._prompt, self._until = "", _never
 
-    def put_back(self, text: str) -> None:
-        """Let a line that could not be sent be typed on, if there is an editor."""
-
     def _begin(self) -> None:
         """Show the prompt.  Caller holds _lock."""
         self._echoed = False
+        self.draft = ("", "")  # the system edits the line
         if self.person:
             self._write(self._prompt)
         if self._prompt == PASSWORD:
@@ -692,8 +689,9 @@ class Terminal:
     def forget_typed(self) -> int:
         """Throw away what was typed ahead, lest the menu or the shell take it.
 
-        Returns how many pasted lines there were.  A terminal goes on sending the rest of a long paste after the system's buffer
-        has been emptied, so this waits until nothing comes any more.
+        Returns how many pasted lines were among it.  A terminal goes on sending the
+        rest of a long paste after the system's buffer has been emptied, so this waits
+        until nothing comes any more.
         """
         if not self._modes or self._in_background():
             return 0
@@ -736,13 +734,15 @@ class Terminal:
     def show(self, *lines: ServerLine | str) -> None:
         """Show whole lines above the one being typed.  For any thread."""
         with self._lock:
-            if text := "".join([self._paint(line) + "\n" for line in lines]):
-                self._show_text(text)
+            text = "".join([self._paint(line) + "\n" for line in lines])
+            if text and self._prompt:
+                self._draw(text)
+            else:
+                self._write(text)
 
-    def _show_text(self, text: str) -> None:
-        if self.person and self._prompt:
-            text = f"\n{text}{self._prompt}"
-        self._write(text)
+    def _draw(self, above: str = "") -> None:
+        """Write lines, and the prompt again below them.  Caller holds _lock."""
+        self._write(f"\n{above}{self._prompt}" if self.person else above)
 
     def _paint(self, line: ServerLine | str) -> str:
         """Return a line as it is shown, with what the flags ask for."""
@@ -823,7 +823,7 @@ def _step(text: str, place: int, by: int) -> int:
     return place
 
 
-def _word(text: str, place: int, by: int, gap: str = r"\W") -> int:
+def _word(text: str, place: int, by: int, gap: str) -> int:
     """Pass what is between two words, then a word."""
     for in_gap in (True, False):
         while (further := _step(text, place, by)) != place:
@@ -833,28 +833,25 @@ def _word(text: str, place: int, by: int, gap: str = r"\W") -> int:
     return place
 
 
-def _blanks_and_word(text: str, place: int, by: int) -> int:
-    return _word(text, place, by, gap=r"\s")
-
-
 _FAR = sys.maxsize
-# key → how it finds the place, and whether it cuts what is passed on the way there
+# key → how far it takes the cursor, in characters or in words with such gaps between
+# them, and whether it cuts what is passed on the way there
 _KEYS = {
-    key: (move, by, cuts)
-    for move, by, cuts, keys in [
-        (_step, -1, False, "\x02 \x1b[D \x1bOD"),
-        (_step, -1, True, "\x7f \x08"),
-        (_step, 1, False, "\x06 \x1b[C \x1bOC"),
-        (_step, 1, True, "\x04 \x1b[3~"),
-        (_step, -_FAR, False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
-        (_step, -_FAR, True, "\x15"),
-        (_step, _FAR, False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
-        (_step, _FAR, True, "\x0b"),
-        (_word, -1, False, "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D"),
-        (_word, -1, True, "\x1b\x7f \x1b\x08"),
-        (_word, 1, False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
-        (_word, 1, True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
-        (_blanks_and_word, -1, True, "\x17"),
+    key: (by, gap, cuts)
+    for by, gap, cuts, keys in [
+        (-1, "", False, "\x02 \x1b[D \x1bOD"),
+        (-1, "", True, "\x7f \x08"),
+        (1, "", False, "\x06 \x1b[C \x1bOC"),
+        (1, "", True, "\x04 \x1b[3~"),
+        (-_FAR, "", False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
+        (-_FAR, "", True, "\x15"),
+        (_FAR, "", False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
+        (_FAR, "", True, "\x0b"),
+        (-1, r"\W", False, "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D"),
+        (-1, r"\W", True, "\x1b\x7f \x1b\x08"),
+        (1, r"\W", False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
+        (1, r"\W", True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
+        (-1, r"\s", True, "\x17"),
     ]
     for key in keys.split(" ")
 }
@@ -931,8 +928,8 @@ class LineEditor(Terminal):
     # system's buffer before it.
     _idle_reads = 2
 
-    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
-        super().__init__(keyboard, screen, options)
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
         self._off = _EDITED
         self._brackets = ""  # that were asked for, or not, around a paste
         self._reader = KeyReader()
@@ -965,9 +962,6 @@ class LineEditor(Terminal):
         unsent = len(self._pasted)
         self._pasted.clear()
         return unsent
-
-    def put_back(self, text: str) -> None:
-        self.draft = (text, "".join(self.draft))
 
     def ask(self, prompt: str, until: Fact = _never) -> str:
         """Return the line that is typed, or the next one that was pasted."""
@@ -1048,9 +1042,9 @@ class LineEditor(Terminal):
             return self._complete()
         self._fitting = None
         if key in _KEYS:
-            move, by, cuts = _KEYS[key]
+            by, gap, cuts = _KEYS[key]
             text, start = self._before + self._after, len(self._before)
-            end = move(text, start, by)
+            end = _word(text, start, by, gap) if gap else _step(text, start, by)
             self._before = text[: min(start, end) if cuts else end]
             self._after = text[max(start, end) if cuts else end :]
         elif key in _RECALLS and self._prompt != PASSWORD:
@@ -1124,12 +1118,6 @@ class LineEditor(Terminal):
             return f"\x1b[{_PRIVATE_COLOUR}m{text.removesuffix(line.text)}{said}\x1b[m"
         colour = _NAME_COLOURS[zlib.crc32(line.name.encode()) % len(_NAME_COLOURS)]
         return f"\x1b[{colour}m{line.name}\x1b[m: {said}" if line.name else text
-
-    def _show_text(self, text: str) -> None:
-        if self._prompt:
-            self._draw(text)
-        else:
-            self._write(text)
 
     def _erase(self) -> str:
         """Return what clears prompt and line from the screen.  Caller holds _lock."""
