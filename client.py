@@ -123,17 +123,14 @@ def _fill_standard_streams() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     flags = protocol.CommandLine("Join a chat room over plain TCP.")
-    flags.add_argument(
-        "--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
-        help="the server's name or address",
-    )  # fmt: skip
-    flags.add_number(
-        "--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
-        help="the server's TCP port",
-    )  # fmt: skip
-    times, bell = "show the time before each line", "ring for what is meant for you"
-    flags.add_argument("--times", action="store_true", help=times)
-    flags.add_argument("--bell", action="store_true", help=bell)
+    flags.add_argument("--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
+                       help="the server's name or address")  # fmt: skip
+    flags.add_number("--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
+                     help="the server's TCP port")  # fmt: skip
+    flags.add_argument("--times", action="store_true",
+                       help="show the time before each line")  # fmt: skip
+    flags.add_argument("--bell", action="store_true",
+                       help="ring for what is meant for you")  # fmt: skip
     return flags.parse_args()
 
 
@@ -778,16 +775,12 @@ class LineReader:
     def __init__(self) -> None:
         # One over the limit is as good as any more: the server refuses it.
         self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-        self._last = b"\n"  # of what was read
 
     def feed(self, chunk: bytes) -> list[str]:
         """Add what was read, nothing at the end of input, and return complete lines."""
-        chunk = chunk or b"\n".removeprefix(self._last)  # the last line counts
-        self._last = chunk[-1:]
-        lines = self._splitter.feed(chunk)
-        return [
-            f"{line.decode(protocol.ENCODING, 'surrogateescape')}\n" for line in lines
-        ]
+        lines = self._splitter.feed(chunk or b"\n")  # the last line counts
+        texts = [str(line, protocol.ENCODING, "surrogateescape") for line in lines]
+        return [f"{text}\n" for text in texts if chunk or text]
 
 
 # --- keys ---------------------------------------------------------------------------
@@ -859,7 +852,6 @@ _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1
 
 # Around what is pasted.  A key that begins so stands for a whole paste.
 _PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
-_BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
 # One key: a paste (before which a person may have pressed Escape), an escape sequence
 # (also one that breaks off), Alt and a character, or a character.  What matches none of
 # them is the beginning of a paste or of a sequence.
@@ -931,7 +923,7 @@ class LineEditor(Terminal):
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
         self._off = _EDITED
-        self._brackets = ""  # that were asked for, or not, around a paste
+        self._brackets = ""  # the request for them around a paste, or for none
         self._reader = KeyReader()
         self._colours = not os.environ.get("NO_COLOR")
         self._before, self._after = self.draft  # the cursor, of the line being typed
@@ -945,7 +937,7 @@ class LineEditor(Terminal):
 
     def _set_modes(self, off: int, *, flush: bool = False) -> None:
         super()._set_modes(off, flush=flush)
-        before, self._brackets = self._brackets, _BRACKETS_ON if off else _BRACKETS_OFF
+        before, self._brackets = self._brackets, "\x1b[?2004" + ("h" if off else "l")
         # A signal handler may be here because the screen takes nothing any more.
         ready = select.select([], [self._screen], [], QUIET_SECONDS)[1]
         if self._brackets != before and ready:
@@ -1038,9 +1030,8 @@ class LineEditor(Terminal):
     def _edit(self, key: str) -> None:
         """Change the line as a key asks for."""
         self._was_pasted = False
-        if key == "\t":
-            return self._complete()
-        self._fitting = None
+        if key != "\t":
+            self._fitting = None
         if key in _KEYS:
             by, gap, cuts = _KEYS[key]
             text, start = self._before + self._after, len(self._before)
@@ -1048,7 +1039,13 @@ class LineEditor(Terminal):
             self._before = text[: min(start, end) if cuts else end]
             self._after = text[max(start, end) if cuts else end :]
         elif key in _RECALLS and self._prompt != PASSWORD:
-            self._recall(_RECALLS[key])
+            self._drafts[self._recalled] = self._before + self._after
+            self._recalled = min(
+                max(0, self._recalled + _RECALLS[key]), len(self._sent)
+            )
+            self._before, self._after = self._drafts[self._recalled], ""
+        elif key == "\t":
+            self._complete()
         elif key == "\x0c":
             self._write("\x1b[H\x1b[2J")
             self._shown = ("", "")
@@ -1057,13 +1054,6 @@ class LineEditor(Terminal):
             self._was_pasted = self._prompt == MESSAGE
         elif key >= " " and key[0] != "\x1b":
             self._before += protocol.clean(key)
-        return None
-
-    def _recall(self, steps: int) -> None:
-        """Go to the message so many steps newer; the one being typed is the newest."""
-        self._drafts[self._recalled] = self._before + self._after
-        self._recalled = min(max(0, self._recalled + steps), len(self._sent))
-        self._before, self._after = self._drafts[self._recalled], ""
 
     def _paste(self, text: str) -> None:
         """Insert a line; of a longer text put the lines into _pasted.
@@ -1148,7 +1138,6 @@ class LineEditor(Terminal):
         self._shown = (before, after)
 
     def _size(self) -> tuple[int, int]:
-        """Return columns and rows of the window, as they are now."""
         columns = rows = 0
         with suppress(OSError):  # the terminal has been closed
             columns, rows = os.get_terminal_size(self._screen)
@@ -1181,10 +1170,8 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
     places = _places(before + after, columns)
     last_row = max(rows - 1, places[len(before)][0])
     inside = [last_row - rows < row <= last_row for row, _ in places[:-1]]
-    return (
-        "".join(compress(before, inside)),
-        "".join(compress(after, inside[len(before) :])),
-    )
+    behind = inside[len(before) :]
+    return "".join(compress(before, inside)), "".join(compress(after, behind))
 
 
 if __name__ == "__main__":
