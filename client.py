@@ -103,7 +103,9 @@ def client_program() -> int:
     _fill_standard_streams()
     options = _parse_arguments()
     try:
-        terminal = _kind_of_terminal()(options)
+        two_ways = sys.stdin.isatty() and sys.stdout.isatty()
+        plain = termios is None or not two_ways or os.environ.get("TERM") == "dumb"
+        terminal = Terminal(options) if plain else LineEditor(options)
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
@@ -134,25 +136,19 @@ def _parse_arguments() -> argparse.Namespace:
     return flags.parse_args()
 
 
-def _kind_of_terminal() -> type[Terminal]:
-    two_ways = sys.stdin.isatty() and sys.stdout.isatty()
-    plain = termios is None or not two_ways or os.environ.get("TERM") == "dumb"
-    return Terminal if plain else LineEditor
-
-
-_ADVICE = {
-    socket.gaierror: "is the name after --host spelled as it should be?",
-    ConnectionRefusedError: "start the server there, or give its --port",
-    TimeoutError: "is that computer up, and the port open in its firewall?",
-    OSError: "the system does not allow it",
-}
-
-
 def _explain(error: Exception) -> str:
     """Return why there is no connection, and what to do about that very thing."""
-    if isinstance(error, ValueError):
-        return "that is no host (--host takes a name or an address)"
-    advice = next(text for kind, text in _ADVICE.items() if isinstance(error, kind))
+    match error:
+        case socket.gaierror():
+            advice = "is the name after --host spelled as it should be?"
+        case ConnectionRefusedError():
+            advice = "start the server there, or give its --port"
+        case TimeoutError():
+            advice = "is that computer up, and the port open in its firewall?"
+        case OSError():
+            advice = "the system does not allow it"
+        case _:
+            return "that is no host (--host takes a name or an address)"
     return f"{_reason(error)} ({advice})"
 
 
@@ -368,10 +364,7 @@ class ChatClient:
             raise self._end or ConnectionLost(_reason(error)) from None
 
     def _leave(self, leave: Leave) -> None:
-        """Say goodbye, and see to it that what was sent arrives.
-
-        In a pipe however long that takes.
-        """
+        """Say goodbye, and see to it that what was sent arrives."""
         self._terminal.leaving = True
         self._terminal.show(str(leave))
         if isinstance(leave, ServerHangs) and self._joined:
@@ -385,7 +378,7 @@ class ChatClient:
             except KeyboardInterrupt:
                 self._status = INTERRUPTED
             if self._end and str(self._end) != CLOSED and not self._terminal.person:
-                self._status = 1  # nobody knows how much of it has arrived
+                self._status = self._status or 1  # who knows how much has arrived
                 self._terminal.show(f"Connection lost: {self._end}.")
         self._hang_up()
         self._terminal.show("Connection closed.")
@@ -459,15 +452,13 @@ class Terminal:
     Threads: all but show() and nudge() is the main thread's.
     """
 
-    # How many empty reads in a row are no end of input.
-    _idle_reads = 0
+    _idle_reads = 0  # empty ones, in a row, that are no end of input
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._keyboard, self._screen = sys.stdin.fileno(), sys.stdout.fileno()
         self._options = options
         self.person = sys.stdin.isatty()
-        # What is half typed at MESSAGE, before the cursor and behind it, while other
-        # things are asked for.
+        # The half typed message around its cursor, while other things are asked for.
         self.draft = ("", "")
         # Guards the screen and what stands on it.  Held while writing to it.
         self._lock = threading.RLock()
@@ -484,8 +475,9 @@ class Terminal:
         self._waker.setblocking(False)
         self._signals: deque[int] = deque()  # that have come
         self._ending = False  # one of them ends the program
-        found = termios.tcgetattr(self._keyboard) if termios and self.person else None
-        self._modes: list[Any] | None = found
+        self._modes: list[Any] | None = None  # as they were found
+        if termios and self.person:
+            self._modes = termios.tcgetattr(self._keyboard)
         self._off = 0  # of the local modes, while the terminal is ours
 
     def __enter__(self) -> Self:
@@ -647,11 +639,8 @@ class Terminal:
         self._ahead += self._reader.feed(chunk)
 
     def _on_end(self, number: int, _: object) -> None:
-        """Note that the program is to end.  The second time end it at once.
-
-        The leaving may be stuck then, on a server or on a screen that takes nothing.
-        """
-        if self._ending:
+        """Note that the program is to end.  The second time end it at once."""
+        if self._ending:  # stuck, on a server or on a screen that takes nothing
             self._restore()
             os._exit(128 + number)
         self._ending = True
@@ -864,10 +853,7 @@ _KEY = re.compile(
 
 
 class KeyReader:
-    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key.
-
-    Both may be cut anywhere between two reads, also inside a bracket or a character.
-    """
+    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
@@ -996,11 +982,9 @@ class LineEditor(Terminal):
             if key == "\x04" and not text:
                 raise Leave(LEAVING)
             if key in "\r\n":
-                if not _is_quit(text):
-                    return text
-                if not self._was_pasted:
+                if _is_quit(text) and not self._was_pasted:
                     raise Leave(LEAVING)
-                return f"{text} "
+                return f"{text} " if _is_quit(text) else text
             with self._lock:
                 self._edit(key)
                 if self._pasted:
@@ -1119,10 +1103,7 @@ class LineEditor(Terminal):
         return f"\r{_move(up, 'A')}\x1b[K \x1b[J\r"
 
     def _draw(self, above: str = "") -> None:
-        """Write lines above the prompt, and prompt and line again, in one write.
-
-        Caller holds _lock.
-        """
+        """Write lines, and prompt and line again below them.  Caller holds _lock."""
         columns, rows = self._size()
         hidden = self._prompt == PASSWORD
         before, after = ("", "") if hidden else (self._before, self._after)
