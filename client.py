@@ -80,7 +80,7 @@ _never: Fact = lambda: False
 
 
 class Leave(Exception):
-    """The person leaves; str() of it is what to say then."""
+    """The person leaves; str() of it is what to say then, if it is not LEAVING."""
 
 
 class ServerHangs(Leave):
@@ -199,16 +199,12 @@ class ChatClient:
         """Run the session and return the exit status."""
         try:
             self._terminal.show("Connected to server.")
-            try:
-                self._stay()
-            except Leave as leave:
-                self._leave(leave)
-            except KeyboardInterrupt:
-                self._status = INTERRUPTED
-                self._leave(Leave(LEAVING))
-            return self._status
+            self._stay()
+        except (Leave, KeyboardInterrupt) as leave:
+            self._leave(leave)
         finally:
             self._hang_up()
+        return self._status
 
     def _stay(self) -> None:
         """Go through menu, name and chat until the person leaves, or nobody can go on."""
@@ -343,7 +339,7 @@ class ChatClient:
             self._is_asked() or self._terminal.person
         ):
             self._status = 1  # the next line in the pipe is the password, for nobody
-            raise Leave(LEAVING)
+            raise Leave
 
     def _send(self, text: str) -> None:
         """Send a line."""
@@ -363,25 +359,32 @@ class ChatClient:
             self._terminal.wait(lambda: self._end)
             raise self._end or ConnectionLost(_reason(error)) from None
 
-    def _leave(self, leave: Leave) -> None:
+    def _leave(self, leave: BaseException) -> None:
         """Say goodbye, and see to it that what was sent arrives."""
         self._terminal.leaving = True
-        self._terminal.show(str(leave))
-        if isinstance(leave, ServerHangs) and self._joined:
+        self._terminal.show(str(leave) or LEAVING)
+        if isinstance(leave, KeyboardInterrupt):
+            self._status = INTERRUPTED
+        if self._joined and isinstance(leave, ServerHangs):
             self._terminal.show("The server does not answer.")
         elif self._joined:
-            with suppress(OSError):  # the server was quicker
-                self._socket.shutdown(socket.SHUT_WR)
-            try:
-                with suppress(ServerHangs):
-                    self._terminal.wait(lambda: self._end, patient=True)
-            except KeyboardInterrupt:
-                self._status = INTERRUPTED
-            if self._end and str(self._end) != CLOSED and not self._terminal.person:
-                self._status = self._status or 1  # who knows how much has arrived
-                self._terminal.show(f"Connection lost: {self._end}.")
+            self._wait_for_end()
         self._hang_up()
         self._terminal.show("Connection closed.")
+
+    def _wait_for_end(self) -> None:
+        """Wait until the server has read all and closes; in a pipe, for ever."""
+        with suppress(OSError):  # the server was quicker
+            self._socket.shutdown(socket.SHUT_WR)
+        try:
+            self._terminal.wait(lambda: self._end, patient=True)
+        except ServerHangs:
+            return
+        except KeyboardInterrupt:
+            self._status = INTERRUPTED
+        if self._end and str(self._end) != CLOSED and not self._terminal.person:
+            self._terminal.show(f"Connection lost: {self._end}.")
+            self._status = self._status or 1  # who knows how much has arrived
 
     def _hang_up(self) -> None:
         """Close the connection and end the receiver; again does nothing."""
@@ -511,15 +514,15 @@ class Terminal:
         """
         with self._lock:
             self._prompt, self._until = prompt, until
-            self._begin()
+            self._begin_line()
         try:
             return self._read_line()
         finally:
             with self._lock:
-                self._end()
+                self._end_line()
                 self._prompt, self._until = "", _never
 
-    def _begin(self) -> None:
+    def _begin_line(self) -> None:
         """Show the prompt.  Caller holds _lock."""
         self._echoed = False
         self.draft = ("", "")  # the system edits the line
@@ -540,10 +543,10 @@ class Terminal:
         if not self.person:
             self.show(self._prompt + text * shown)
         if _is_quit(text):
-            raise Leave(LEAVING)
+            raise Leave
         return text
 
-    def _end(self) -> None:
+    def _end_line(self) -> None:
         """See to it that what is shown next begins a row.  Caller holds _lock."""
         if self.person and not self._echoed:
             self._write("\n")
@@ -556,7 +559,7 @@ class Terminal:
             if self._until():  # what was typed before has been used by now
                 return ""
             if self._input_ended:
-                raise Leave(LEAVING)
+                raise Leave
             self._await_typing()
         return self._ahead.popleft()
 
@@ -583,7 +586,7 @@ class Terminal:
             if deadline == math.inf and not for_ever and self._wants_to_leave():
                 deadline = time.monotonic() + LEAVE_SECONDS
             if time.monotonic() >= deadline:
-                raise ServerHangs(LEAVING)
+                raise ServerHangs
             self._watch(deadline - time.monotonic(), writable)
 
     def _wants_to_leave(self) -> bool:
@@ -599,7 +602,7 @@ class Terminal:
         """Raise Leave if the person has asked to while nobody watched the keyboard."""
         self._watch(0)
         if self.person and self._wants_to_leave():
-            raise Leave(LEAVING)
+            raise Leave
 
     def nudge(self) -> None:
         """Let the main thread look at what it waits for.  For any thread."""
@@ -932,7 +935,7 @@ class LineEditor(Terminal):
     def _stop(self) -> None:
         if not self._reader.pasting:  # the shell would get, and run, the rest
             with self._lock:
-                self._end()
+                self._end_line()
                 super()._stop()
 
     def forget_typed(self) -> int:
@@ -966,7 +969,7 @@ class LineEditor(Terminal):
                 return
         self.draft = self._unpasted
 
-    def _begin(self) -> None:
+    def _begin_line(self) -> None:
         self._before = self._after = ""
         self._was_pasted, self._fitting = False, None
         self._drafts = [*self._sent, ""]  # what Up and Down go through, as it is now
@@ -980,10 +983,10 @@ class LineEditor(Terminal):
         while key := self._next():
             text = self._before + self._after
             if key == "\x04" and not text:
-                raise Leave(LEAVING)
+                raise Leave
             if key in "\r\n":
                 if _is_quit(text) and not self._was_pasted:
-                    raise Leave(LEAVING)
+                    raise Leave
                 return f"{text} " if _is_quit(text) else text
             with self._lock:
                 self._edit(key)
@@ -998,7 +1001,7 @@ class LineEditor(Terminal):
             self._prompt = ""
         return ""
 
-    def _end(self) -> None:
+    def _end_line(self) -> None:
         if self._prompt:  # the line stays on the screen, whole
             text = "" if self._prompt == PASSWORD else self._before + self._after
             self._write(f"{self._erase()}{self._prompt}{text}\n")
