@@ -62,7 +62,7 @@ FORGET_SECONDS = 3.0  # that keys which never end may hold up the end of the pro
 MAX_TYPED_CHARS = 1024 * 1024  # in one paste: what comes after is left out
 MAX_TYPED_AHEAD = 4096  # keys or lines; the rest waits in the system
 MAX_PASTED_LINES = 5  # that are sent without asking
-REMEMBERED = 1000  # messages, and names
+REMEMBERED = 1000  # messages, and a hundred times as many sightings of names
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 CHOICES = {"1": "Join the chat", "q": "Leave the chat", "2": "Exit the program"}
@@ -471,6 +471,7 @@ class Terminal:
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._reader: LineReader | KeyReader = LineReader()
         self._ahead: deque[str] = deque()  # lines or keys, typed but not used yet
+        self._pasted: deque[str] = deque()  # lines of a long paste, to be sent
         self._input_ended, self._empty_reads = False, 0
         self.leaving = False  # the person has asked to
         # For whoever wants the main thread's attention: nudge(), and signals.
@@ -696,9 +697,11 @@ class Terminal:
                 self._reader.feed(chunk)
         if not self._reader.pasting:
             self._reader = type(self._reader)()
+        unsent = len(self._pasted)
+        self._pasted.clear()
         self._ahead.clear()
         self._set_modes(self._off, flush=True)
-        return 0
+        return unsent
 
     def _in_background(self) -> bool:
         """Tell whether the shell has the terminal: to touch it would stop the program."""
@@ -917,10 +920,9 @@ class LineEditor(Terminal):
         self._colours = not os.environ.get("NO_COLOR")
         self._before, self._after = self.draft  # the cursor, of the line being typed
         self._was_pasted = False  # what was done last to it
-        self._pasted: deque[str] = deque()  # lines that are to be sent
         self._unpasted = ("", "")  # the line with the first of them alone
         self._sent: deque[str] = deque(maxlen=REMEMBERED)
-        self._names: dict[str, str] = {}  # that were seen, by their keys; the last last
+        self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
         self._fitting: Iterator[str] | None = None  # of them, for Tab once more
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
 
@@ -937,12 +939,6 @@ class LineEditor(Terminal):
             with self._lock:
                 self._end_line()
                 super()._stop()
-
-    def forget_typed(self) -> int:
-        super().forget_typed()
-        unsent = len(self._pasted)
-        self._pasted.clear()
-        return unsent
 
     def ask(self, prompt: str, until: Fact = _never) -> str:
         """Return the line that is typed, or the next one that was pasted."""
@@ -1064,27 +1060,21 @@ class LineEditor(Terminal):
         # Once more, the name that was put in is the stem, and is replaced.
         stem = self._before.rpartition(" ")[2]
         if self._fitting is None:
-            start = protocol.name_key(stem)
-            seen = [name for key, name in self._names.items() if key.startswith(start)]
-            others = [name for name in seen if not self._mention.fullmatch(name)]
-            if self._prompt == PASSWORD or not others:
+            start, seen = protocol.name_key(stem), dict.fromkeys(reversed(self._names))
+            names = [name for name in seen if protocol.name_key(name).startswith(start)]
+            fitting = [name for name in names if not self._mention.fullmatch(name)]
+            if self._prompt == PASSWORD or not fitting:
                 self._before += protocol.clean("\t")
                 return
-            self._fitting = cycle(reversed(others))
+            self._fitting = cycle(fitting)
         self._before = self._before.removesuffix(stem) + next(self._fitting)
-
-    def _note_names(self, line: ServerLine) -> None:
-        found = _NAMES.findall(line.text) if line.mark == "*" else []
-        for name in [line.name, *found]:
-            if 0 < len(name) <= protocol.MAX_NAME_CHARS:
-                self._names.pop(protocol.name_key(name), None)
-                self._names[protocol.name_key(name)] = name
-        while len(self._names) > REMEMBERED:
-            del self._names[next(iter(self._names))]
 
     def _style(self, line: ServerLine) -> str:
         """Return a line in its colours; the person's own name is bold in it."""
-        self._note_names(line)
+        names = [line.name, *(_NAMES.findall(line.text) if line.mark == "*" else [])]
+        self._names += [
+            name for name in names if 0 < len(name) <= protocol.MAX_NAME_CHARS
+        ]
         text = super()._style(line)
         if not self._colours:
             return text
