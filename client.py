@@ -218,10 +218,11 @@ class ChatClient:
                 self._status = 1
                 self._hang_up()
                 if isinstance(lost, ServerFull):
-                    return self._terminal.show(ServerLine("!", "", str(lost)))
+                    self._terminal.show(ServerLine("!", "", str(lost)))
+                    return
                 self._terminal.show(f"Connection lost: {lost}.")
                 if not self._terminal.person:
-                    return None
+                    return
                 # It was meant for the chat, and would be taken for answers.
                 if unsent := self._terminal.forget_typed():
                     self._terminal.show(f"Pasted lines that were not sent: {unsent}.")
