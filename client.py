@@ -162,8 +162,8 @@ def _reason(error: Exception) -> str:
 class ChatClient:
     """Menu, name and chat, over one connection after another.
 
-    Whatever the main thread waits for, Leave and ConnectionLost end it: run() and
-    _stay() catch them.
+    Whatever the main thread waits for, Leave (caught by run) and ConnectionLost (caught
+    by _stay) end it.
     """
 
     def __init__(self, host: str, port: int, terminal: Terminal) -> None:
@@ -327,8 +327,9 @@ class ChatClient:
             raise
         # As it is: cleaned it may be longer than a line may be.
         command, _ = protocol.split_command(protocol.clean(text))
+        secret = command == SECRET_COMMAND
         try:
-            if command == SECRET_COMMAND:
+            if secret:
                 # An earlier line may be refused now; our server names the command.
                 self._exchange(text, about=command)
             elif text.strip():
@@ -336,9 +337,7 @@ class ChatClient:
         except ConnectionLost:
             self._terminal.draft = (text, "".join(self._terminal.draft))
             raise
-        if command == SECRET_COMMAND and not (
-            self._is_asked() or self._terminal.person
-        ):
+        if secret and not (self._is_asked() or self._terminal.person):
             self._status = 1  # the next line in the pipe is the password, for nobody
             raise Leave
 
@@ -903,10 +902,11 @@ _NAMES = re.compile(
 class LineEditor(Terminal):
     """Keyboard and screen of a terminal, with the line being typed at the bottom.
 
-    The screen is changed in one write at a time: from the first row of the line down
-    everything is cleared, what others wrote comes there, and prompt and line again
-    below it.  So it is right after each write, whoever's turn it is, and a change of
-    the window's size is one more reason to draw, and no case of its own.
+    It reads keys in place of lines, and draws what Terminal only writes.  The screen is
+    changed in one write at a time: from the first row of the line down everything is
+    cleared, what others wrote comes there, and prompt and line again below it.  So it is
+    right after each write, whoever's turn it is, and a change of the window's size is
+    one more reason to draw, and no case of its own.
     """
 
     # A read that never waits is empty as well when Ctrl-C or Ctrl-Z has emptied the
@@ -1012,7 +1012,7 @@ class LineEditor(Terminal):
                 self._draw()
 
     def _edit(self, key: str) -> None:
-        """Change the line as a key asks for."""
+        """Change the line as a key asks for.  Caller holds _lock."""
         self._was_pasted = False
         if key != "\t":
             self._fitting = None

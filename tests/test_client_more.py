@@ -105,6 +105,7 @@ def test_pasted_lines_that_were_not_sent_are_counted_when_the_connection_is_lost
     alex = start_terminal(puppet.address, changed(SMALL_SEND_BUFFER))
     caller = join(puppet, alex)
     alex.type(paste(*["x" * 1000] * 200, "") + f"y{ENTER}")
+    alex.wait_until(lambda: "You: x" in alex.output)
     while not alex.is_silent(0.3):
         alex.drain()
 
