@@ -679,12 +679,21 @@ class Terminal:
     def forget_typed(self) -> int:
         """Throw away what was typed ahead, lest the menu or the shell take it.
 
-        Returns how many pasted lines were among it.  A terminal goes on sending the
-        rest of a long paste after the system's buffer has been emptied, so this waits
-        until nothing comes any more.
+        Returns how many pasted lines were among it.
         """
-        if not self._modes or self._in_background():
-            return 0
+        if self._modes and not self._in_background():
+            self._read_out()
+        unsent = len(self._pasted)
+        self._pasted.clear()
+        self._ahead.clear()
+        return unsent
+
+    def _read_out(self) -> None:
+        """Read until nothing comes any more.
+
+        A terminal goes on sending the rest of a long paste after the system's buffer has
+        been emptied.
+        """
         deadline = time.monotonic() + FORGET_SECONDS
         self._set_modes(_EDITED)
         with suppress(OSError):  # the terminal has been closed
@@ -697,11 +706,7 @@ class Terminal:
                 self._reader.feed(chunk)
         if not self._reader.pasting:
             self._reader = type(self._reader)()
-        unsent = len(self._pasted)
-        self._pasted.clear()
-        self._ahead.clear()
         self._set_modes(self._off, flush=True)
-        return unsent
 
     def _in_background(self) -> bool:
         """Tell whether the shell has the terminal: to touch it would stop the program."""
