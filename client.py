@@ -10,7 +10,7 @@ for keys, signals and the receiver alike: leaving never depends on the server, a
 signal handler has nothing to do but to note the signal.
 
 A terminal object owns keyboard and screen: LineEditor, which alone knows escape
-sequences, or PlainTerminal for pipes, dumb terminals and Windows.
+sequences, or a plain Terminal for pipes, dumb terminals and Windows.
 """
 
 from __future__ import annotations
@@ -41,15 +41,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
-from itertools import cycle
+from itertools import compress, cycle
 from typing import Any, Self
 
 import protocol
 from protocol import ServerLine
 
 try:
-    import fcntl
     import termios
 except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
@@ -61,28 +59,40 @@ READ_BYTES = 4096  # of the keyboard or a pipe
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
 PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
 FORGET_SECONDS = 3.0  # that keys which never end may hold up the end of the program
-MAX_TYPED_CHARS = 1024 * 1024  # in one line or paste: what comes after is left out
+MAX_TYPED_CHARS = 1024 * 1024  # in one paste: what comes after is left out
 MAX_TYPED_AHEAD = 4096  # keys or lines; the rest waits in the system
 MAX_PASTED_LINES = 5  # that are sent without asking
-HISTORY_LINES = 1000
-NAMES_SEEN = 1000
+REMEMBERED = 1000  # messages, and a hundred times as many sightings of names
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 CHOICES = {"1": "Join the chat", "q": "Leave the chat", "2": "Exit the program"}
+CLOSED = "the server closed the connection"
 LEAVING = "Leaving the chat..."
 MESSAGE = "You: "  # what is typed here can be half typed, pasted, and recalled
 PASSWORD = "Password: "  # what is typed here is not shown, and remembered nowhere
-# The line after one of these is a secret, and the server says so with a question.
-SECRET_COMMANDS = frozenset({"/register"})
+SECRET_COMMAND = "/register"  # a password follows, if the server asks for it
 
 # Windows has no such flag: there a server that hangs holds up a line until it goes on.
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 Fact = Callable[[], object]  # is so if what it returns is true
+_never: Fact = lambda: False
+
+
+class Leave(Exception):
+    """The person leaves; str() of it is what to say then, if it is not LEAVING."""
+
+
+class ServerHangs(Leave):
+    """They leave, and the server has not gone on within LEAVE_SECONDS."""
 
 
 class ConnectionLost(Exception):
-    """The server is gone; str() of it is the reason.  Sending and waiting raise it."""
+    """The server is gone; str() of it is the reason."""
+
+
+class ServerFull(ConnectionLost):
+    """The server has no room; str() of it is how it says so."""
 
 
 # --- the program --------------------------------------------------------------------
@@ -93,7 +103,9 @@ def client_program() -> int:
     _fill_standard_streams()
     options = _parse_arguments()
     try:
-        terminal = _open_terminal(options)
+        two_ways = sys.stdin.isatty() and sys.stdout.isatty()
+        plain = termios is None or not two_ways or os.environ.get("TERM") == "dumb"
+        terminal = Terminal(options) if plain else LineEditor(options)
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
@@ -113,41 +125,30 @@ def _fill_standard_streams() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     flags = protocol.CommandLine("Join a chat room over plain TCP.")
-    flags.add_argument(
-        "--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
-        help="the server's name or address",
-    )  # fmt: skip
-    flags.add_number(
-        "--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
-        help="the server's TCP port",
-    )  # fmt: skip
-    times, bell = "show the time before each line", "ring for what is meant for you"
-    flags.add_argument("--times", action="store_true", help=times)
-    flags.add_argument("--bell", action="store_true", help=bell)
+    flags.add_argument("--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
+                       help="the server's name or address")  # fmt: skip
+    flags.add_number("--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
+                     help="the server's TCP port")  # fmt: skip
+    flags.add_argument("--times", action="store_true",
+                       help="show the time before each line")  # fmt: skip
+    flags.add_argument("--bell", action="store_true",
+                       help="ring for what is meant for you")  # fmt: skip
     return flags.parse_args()
-
-
-def _open_terminal(options: argparse.Namespace) -> Terminal:
-    keyboard, screen = sys.stdin.fileno(), sys.stdout.fileno()
-    two_ways = os.isatty(keyboard) and os.isatty(screen)
-    if termios is None or not two_ways or os.environ.get("TERM") == "dumb":
-        return PlainTerminal(keyboard, screen, options)
-    return LineEditor(keyboard, screen, options)
-
-
-_ADVICE = {
-    socket.gaierror: "is the name after --host spelled as it should be?",
-    ConnectionRefusedError: "start the server there, or give its --port",
-    TimeoutError: "is that computer up, and the port open in its firewall?",
-    OSError: "the system does not allow it",
-}
 
 
 def _explain(error: Exception) -> str:
     """Return why there is no connection, and what to do about that very thing."""
-    if isinstance(error, ValueError):
-        return "that is no host (--host takes a name or an address)"
-    advice = next(text for kind, text in _ADVICE.items() if isinstance(error, kind))
+    match error:
+        case socket.gaierror():
+            advice = "is the name after --host spelled as it should be?"
+        case ConnectionRefusedError():
+            advice = "start the server there, or give its --port"
+        case TimeoutError():
+            advice = "is that computer up, and the port open in its firewall?"
+        case OSError():
+            advice = "the system does not allow it"
+        case _:
+            return "that is no host (--host takes a name or an address)"
     return f"{_reason(error)} ({advice})"
 
 
@@ -159,7 +160,11 @@ def _reason(error: Exception) -> str:
 
 
 class ChatClient:
-    """Menu, name and chat, over one connection after another."""
+    """Menu, name and chat, over one connection after another.
+
+    Whatever the main thread waits for, Leave (caught by run) and ConnectionLost (caught
+    by _stay) end it.
+    """
 
     def __init__(self, host: str, port: int, terminal: Terminal) -> None:
         """Connect.  Raises OSError if there is no server, ValueError if no such host."""
@@ -167,7 +172,6 @@ class ChatClient:
         self._terminal = terminal
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now
-        self._hangs = False  # the server takes nothing any more
         self._connect(CONNECT_SECONDS)
 
     def _connect(self, seconds: float) -> None:
@@ -178,195 +182,169 @@ class ChatClient:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # What the receiver tells the main thread, with a nudge of the terminal.  Each is
         # set in one step, so there is no lock.
-        self._end = ""  # why the connection has ended
-        self._full: ServerLine | None = None  # that it has no room
+        self._end: ConnectionLost | None = None  # why the connection has ended
         self._joined = False
-        # The last line that concerns it: an answer to a name or a password, or once
-        # joined a refusal or a question.  Each line that is sent begins anew.
-        self._answer: ServerLine | None = None
-        self._awaits_answer = False  # to a name or password; the other way round
+        # The last answer to a name or a password, or once joined the last refusal or
+        # question; None from the sending of a line until there is one.
+        self._answer: ServerLine | None = ServerLine("", "", "nothing was asked")
         self._receiver = threading.Thread(
             target=self.receive_messages, args=(self._socket,), name="receiver"
         )
         try:
             self._receiver.start()
         except RuntimeError as error:  # the system has no more threads
-            self._end = str(error)
+            self._end = ConnectionLost(error)
 
     def run(self) -> int:
         """Run the session and return the exit status."""
         try:
             self._terminal.show("Connected to server.")
-            try:
-                leaving = self._stay()
-            except KeyboardInterrupt:
-                self._status, leaving = INTERRUPTED, LEAVING
-            self._leave(leaving)
-            return self._status
+            self._stay()
+        except (Leave, KeyboardInterrupt) as leave:
+            self._leave(leave)
         finally:
             self._hang_up()
+        return self._status
 
-    def _stay(self) -> str:
-        """Go through menu, name and chat; return what to say when the person leaves."""
+    def _stay(self) -> None:
+        """Go through menu, name and chat until the person leaves, or nobody can go on."""
         while True:
             try:
-                choice = self.menu()
-                if choice == "1" and self._join():
-                    self.handle_chat(self._socket)
-                return "Exiting the program." if choice == "2" else LEAVING
+                if self.menu() == "2":
+                    raise Leave("Exiting the program.")
+                self._join()
+                self.handle_chat(self._socket)
             except ConnectionLost as lost:
-                self._hang_up()
-                self._terminal.show(f"Connection lost: {lost}.")
                 self._status = 1
-                if not self._terminal.person:  # nobody is there to try again
-                    sys.exit(1)
+                self._hang_up()
+                if isinstance(lost, ServerFull):
+                    self._terminal.show(ServerLine("!", "", str(lost)))
+                    return
+                self._terminal.show(f"Connection lost: {lost}.")
+                if not self._terminal.person:
+                    return
                 # It was meant for the chat, and would be taken for answers.
-                self._terminal.forget_typed()
+                if unsent := self._terminal.forget_typed():
+                    self._terminal.show(f"Pasted lines that were not sent: {unsent}.")
 
     def menu(self) -> str:
         """Show the menu until one of CHOICES is chosen."""
         while True:
             self._terminal.show(*(f"{key}. {what}" for key, what in CHOICES.items()))
-            answer = self._terminal.ask("Enter your choice: ")
-            choice = "q" if answer is None else answer.strip()
+            choice = self._terminal.ask("Enter your choice: ").strip()
             if choice in CHOICES:
                 return choice
             self._terminal.show(f"Please choose one of these: {', '.join(CHOICES)}.")
 
-    # --- joining --------------------------------------------------------------------
-
-    def _join(self) -> bool:
-        """Ask for a name until the server takes one; False if the person leaves."""
+    def _join(self) -> None:
+        """Ask for a name, and its password if it has one, until the server takes it."""
         if not self._terminal.person:
             self._status = 1  # until it is in
         self._check_connection()
-        while (name := self._ask_name()) is not None:
-            self._terminal.show(f"Joining the chat as {name}...")
-            answer = self._send_name(name)
-            while answer and answer.mark == "?":
-                password = self._terminal.ask(PASSWORD)
+        while not self._joined:
+            if self._is_asked():
                 # Never on a new connection: there it would be taken for a name.
-                answer = None if password is None else self._exchange(password)
-            if not answer:
-                return False
-            if self._joined:
-                self._status, self._name = 0, name
-                self._terminal.know_name(name)
-                return True
-        return False
+                self._exchange(self._terminal.ask(PASSWORD))
+            else:
+                name = self._ask_name()
+                self._terminal.show(f"Joining the chat as {name}...")
+                self._send_name(name)
+        self._status, self._name = 0, name
+        self._terminal.know_name(name)
 
-    def _ask_name(self) -> str | None:
+    def _ask_name(self) -> str:
         offer = f" [{self._name}]" if self._name else ""
-        prompt = f"Enter your username{offer}: "
-        while (answer := self._terminal.ask(prompt)) is not None:
+        while True:
+            answer = self._terminal.ask(f"Enter your username{offer}: ")
             if name := protocol.clean(answer).strip() or self._name:
                 return name
             self._terminal.show("Please enter a name, or q to leave.")
-        return None
 
-    def _send_name(self, name: str) -> ServerLine | None:
-        """Return the server's answer to a name; None if the person leaves."""
-        self._check_connection()  # a refusal from before is no answer to the name
+    def _send_name(self, name: str) -> None:
+        """Send a name and wait for its answer."""
+        self._check_connection()
         try:
-            return self._exchange(name)
+            self._exchange(name)
         except ConnectionLost:  # between that look and now
             self._check_connection()
-            return self._exchange(name)
+            self._exchange(name)
 
     def _check_connection(self) -> None:
         """Connect again if the server has ended a connection that nobody used."""
-        # Whatever has arrived is to be heard first.  At its end the socket stays readable.
+        # Whatever has arrived is heard first: a refusal from before is no answer to the
+        # name.  At its end the socket stays readable.
         self._terminal.wait(
             lambda: self._end or not select.select([self._socket], [], [], 0)[0]
         )
-        self._end_if_full()
+        if isinstance(self._end, ServerFull):
+            raise self._end
         if self._end:
             self._hang_up()
             try:
                 self._connect(LEAVE_SECONDS)
             except OSError as error:
+                self._terminal.check_leaving()
                 raise ConnectionLost(_reason(error)) from None
 
-    def _end_if_full(self) -> None:
-        if self._full:
-            self._terminal.show(self._full)
-            sys.exit(1)
+    def _exchange(self, text: str, about: str = "") -> None:
+        """Send a line, and wait for a question or for a line that begins so."""
+        self._send(text)
 
-    def _exchange(self, text: str) -> ServerLine | None:
-        """Send a line and return the answer; None if the person leaves."""
-        told: Fact = lambda: self._answer or self._full or self._end
-        if not self._send(text):
-            return None
-        if not self._terminal.wait(told):
-            self._hangs = self._terminal.person  # it has had its LEAVE_SECONDS
-            return None
-        self._end_if_full()
-        if not self._answer:
-            raise ConnectionLost(self._end)
-        return self._answer
+        def told() -> bool:
+            answer = self._answer
+            return answer is not None and (
+                answer.mark == "?" or answer.text.startswith(about)
+            )
 
-    # --- chatting -------------------------------------------------------------------
-
-    def handle_chat(self, client_socket: socket.socket) -> None:
-        """Send what the person types until they leave.  Raises ConnectionLost."""
-        going_on = True
-        while going_on:
-            if self._end:
-                if half_typed := self._terminal.draft[0]:
-                    self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
-                raise ConnectionLost(self._end)
-            going_on = self._tell_secret() if self._is_asked() else self._say()
+        self._terminal.wait(lambda: told() or self._end, patient=self._joined)
+        if self._end and not told():
+            raise self._end
 
     def _is_asked(self) -> bool:
         return self._answer is not None and self._answer.mark == "?"
 
-    def _say(self) -> bool:
-        """Send the next line that is typed; False if the person leaves."""
-        text = self._terminal.ask(MESSAGE, lambda: self._end or self._is_asked())
-        if text is None:
+    def handle_chat(self, client_socket: socket.socket) -> None:
+        """Send what the person types until they leave or the connection is lost."""
+        while not self._end:
+            if not self._is_asked():
+                self._say()
+            else:
+                password = self._terminal.ask(PASSWORD, lambda: self._end)
+                if not self._end:
+                    self._send(password)
+        if half_typed := "".join(self._terminal.draft):
+            self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
+        raise self._end
+
+    def _say(self) -> None:
+        """Send the next line that is typed."""
+        try:
+            text = self._terminal.ask(MESSAGE, lambda: self._end or self._is_asked())
+        except Leave:
             self._terminal.leaving = True
             with suppress(ConnectionLost):  # then nobody is there to be told
                 self._send("q")
-            return False
-        try:
-            # As it is: cleaned it may be longer than a line may be.
-            command, _ = protocol.split_command(protocol.clean(text))
-            if command in SECRET_COMMANDS:
-                return self._begin_secret(text, command)
-            return not text.strip() or self._send(text)
-        except ConnectionLost:
-            self._terminal.draft = (text, len(text))
             raise
-
-    def _begin_secret(self, text: str, command: str) -> bool:
-        """Send a command that a password follows; False if the person leaves."""
-
-        def refused() -> bool:
-            # An earlier line may be what was refused; our server names the command.
-            return self._answer is not None and self._answer.text.startswith(command)
-
-        if not self._send(text):
-            return False
-        told: Fact = lambda: self._end or self._is_asked() or refused()
-        if not self._terminal.wait(told):
-            self._hangs = self._terminal.person  # it has had its LEAVE_SECONDS
-            return False
-        if refused() and not self._terminal.person:
+        # As it is: cleaned it may be longer than a line may be.
+        command, _ = protocol.split_command(protocol.clean(text))
+        secret = command == SECRET_COMMAND
+        try:
+            if secret:
+                # An earlier line may be refused now; our server names the command.
+                self._exchange(text, about=command)
+            elif text.strip():
+                self._send(text)
+        except ConnectionLost:
+            self._terminal.draft = (text, "".join(self._terminal.draft))
+            raise
+        if secret and not (self._is_asked() or self._terminal.person):
             self._status = 1  # the next line in the pipe is the password, for nobody
-            return False
-        return True
+            raise Leave
 
-    def _tell_secret(self) -> bool:
-        """Send a password; False if the person leaves."""
-        password = self._terminal.ask(PASSWORD, lambda: self._end)
-        return password is not None and (self._end != "" or self._send(password))
-
-    # --- sending, waiting and leaving -----------------------------------------------
-
-    def _send(self, text: str) -> bool:
-        """Send a line; False if the person leaves before the server has taken it."""
+    def _send(self, text: str) -> None:
+        """Send a line."""
         unsent = memoryview(protocol.encode_line(text))
-        self._answer, self._awaits_answer = None, True
+        self._answer = None
 
         def is_sent() -> bool:
             nonlocal unsent
@@ -375,38 +353,38 @@ class ChatClient:
             return not unsent
 
         try:
-            self._hangs = not self._terminal.wait(is_sent, self._socket, patient=True)
+            self._terminal.wait(is_sent, self._socket, patient=True)
         except OSError as error:
             # The receiver says why, once it has shown all that had arrived.
             self._terminal.wait(lambda: self._end)
-            raise ConnectionLost(self._end or _reason(error)) from None
-        return not self._hangs
+            raise self._end or ConnectionLost(_reason(error)) from None
 
-    def _leave(self, leaving: str) -> None:
+    def _leave(self, leave: BaseException) -> None:
         """Say goodbye, and see to it that what was sent arrives."""
         self._terminal.leaving = True
-        self._terminal.show(leaving)
-        if self._joined:
-            try:
-                self._wait_for_end()
-            except KeyboardInterrupt:
-                self._status = INTERRUPTED
+        self._terminal.show(str(leave) or LEAVING)
+        if isinstance(leave, KeyboardInterrupt):
+            self._status = INTERRUPTED
+        if self._joined and isinstance(leave, ServerHangs):
+            self._terminal.show("The server does not answer.")
+        elif self._joined:
+            self._wait_for_end()
         self._hang_up()
         self._terminal.show("Connection closed.")
 
     def _wait_for_end(self) -> None:
-        """Wait until the server has read everything and closed its side.
-
-        In a pipe however long that takes; a person waits while the server goes on.
-        """
+        """Wait until the server has read all and closes; in a pipe, for ever."""
         with suppress(OSError):  # the server was quicker
             self._socket.shutdown(socket.SHUT_WR)
-        unread = _unread_bytes(self._socket)
-        while not (self._hangs or self._terminal.wait(lambda: self._end, patient=True)):
-            before, unread = unread, _unread_bytes(self._socket)
-            self._hangs = not 0 < unread < before
-        if self._hangs and unread:
-            self._terminal.show(f"The server has not taken the last {unread} bytes.")
+        try:
+            self._terminal.wait(lambda: self._end, patient=True)
+        except ServerHangs:
+            return
+        except KeyboardInterrupt:
+            self._status = INTERRUPTED
+        if self._end and str(self._end) != CLOSED and not self._terminal.person:
+            self._terminal.show(f"Connection lost: {self._end}.")
+            self._status = self._status or 1  # who knows how much has arrived
 
     def _hang_up(self) -> None:
         """Close the connection and end the receiver; again does nothing."""
@@ -417,37 +395,35 @@ class ChatClient:
         self._socket.close()
         self._joined = False
 
-    # --- receiving ------------------------------------------------------------------
-
     def receive_messages(self, client_socket: socket.socket) -> None:
         """Show what comes until the connection ends.  Runs in the receiver thread."""
         splitter = protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
-        end = "this client has a bug"  # it has been told on stderr by then
+        end = ConnectionLost("this client has a bug")  # told on stderr by then
         try:
             while chunk := client_socket.recv(RECEIVE_BYTES):
                 lines = map(protocol.decode_shown, splitter.feed(chunk))
                 self._take([protocol.parse_server_line(line) for line in lines])
-            end = "the server closed the connection"
+            end = ConnectionLost(CLOSED)
         except OSError as error:
-            end = _reason(error)
+            end = ConnectionLost(_reason(error))
+        except ServerFull as full:  # which is not shown before 1 is chosen
+            end = full
         finally:
             self._end = end
             self._terminal.nudge()
 
     def _take(self, lines: list[ServerLine]) -> None:
-        """Show lines, and tell the main thread of those that concern it."""
+        """Show lines, and tell the main thread of an answer among them."""
         shown, answer = [], None
         for line in lines:
             if self._joined:
                 answer = line if line.mark in ("!", "?") else answer
             elif line.mark == "!" and line.text.startswith(protocol.FULL):
-                self._full = line  # which is not shown before 1 is chosen
-                continue
-            elif line.mark and not self._awaits_answer:
-                continue  # nobody has asked for anything yet
+                raise ServerFull(line.text)
             elif line.mark:
-                answer, self._awaits_answer = line, False
-                self._joined = line.mark == "*"
+                if self._answer or answer:
+                    continue  # nobody has asked for anything yet
+                answer, self._joined = line, line.mark == "*"
             shown.append(line)
         # First, so that the next prompt comes below.
         self._terminal.show(*shown)
@@ -461,67 +437,52 @@ def _is_quit(text: str) -> bool:
     return text.strip().lower() == "q"
 
 
-def _unread_bytes(client_socket: socket.socket) -> int:
-    """Return how much the server's side has not taken yet, as far as the system tells."""
-    if termios:
-        with suppress(OSError):  # the connection has ended
-            answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
-            return int.from_bytes(answer, sys.byteorder)
-    return 0
-
-
 # --- keyboard and screen ------------------------------------------------------------
 
-# The local modes that are off while we get key by key; Ctrl-C and Ctrl-Z stay signals.
+# The local modes that are off while we get key by key (Ctrl-C and Ctrl-Z stay signals),
+# and while a password is typed on a plain terminal.
 _EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
+_HIDDEN = termios.ECHO if termios else 0
 # A line that leaves, among those that were typed ahead.
 _LEAVES = re.compile(r"(?:^|[\r\n])(?:\x04|[ \t]*[qQ][ \t]*[\r\n])")
 
 
-def _never() -> bool:
-    return False
-
-
 class Terminal:
-    """What both kinds of terminal share: waiting, signals, modes and writing.
+    """Keyboard and screen in whole lines, without any escape sequence.
 
+    With a person at it, a prompt stands there while they type.  In a pipe it appears
+    together with the answer, so that what comes out reads like a session.
     Threads: all but show() and nudge() is the main thread's.
     """
 
-    # What a kind adds; with _lock held, but for the first two.
-    _cut: Callable[[bytes], list[str]]  # return the keys or lines that are complete now
-    _read_line: Callable[[], str | None]  # return the line that is typed, as ask() does
-    _begin: Callable[[], None]  # show the prompt
-    _end: Callable[[], None]  # see to it that what is shown next begins a row
-    _show_text: Callable[[str], None]  # show lines, each with its newline
-    _kept_off = 0  # the local modes that are off while the terminal is ours
-    # How many empty reads in a row are no end of input.  A read that never waits is
-    # empty as well when Ctrl-C or Ctrl-Z has emptied the system's buffer before it.
-    _idle_reads = 0
+    _idle_reads = 0  # empty ones, in a row, that are no end of input
 
-    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
-        self._keyboard, self._screen = keyboard, screen
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._keyboard, self._screen = sys.stdin.fileno(), sys.stdout.fileno()
         self._options = options
-        self.person = os.isatty(keyboard)
-        self.leaving = False  # the person has asked to leave
-        # What is half typed at MESSAGE, and the cursor's place, while other things are
-        # asked for.  Stays empty where the system edits the line.
-        self.draft = ("", 0)
+        self.person = sys.stdin.isatty()
+        # The half typed message around its cursor, while other things are asked for.
+        self.draft = ("", "")
         # Guards the screen and what stands on it.  Held while writing to it.
         self._lock = threading.RLock()
         self._prompt = ""  # of the line being typed, if one is
         self._until: Fact = _never
-        self._mention = re.compile("(?!)")  # our own name, once it is known
-        self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
+        self._echoed = False  # the Enter that ended the line
+        self._mention = re.compile("(?!)")  # the person's own name, once it is known
+        self._reader: LineReader | KeyReader = LineReader()
+        self._ahead: deque[str] = deque()  # lines or keys, typed but not used yet
+        self._pasted: deque[str] = deque()  # lines of a long paste, to be sent
         self._input_ended, self._empty_reads = False, 0
-        self._pause = QUIET_SECONDS  # without a key after which no more will come
+        self.leaving = False  # the person has asked to
         # For whoever wants the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
         self._signals: deque[int] = deque()  # that have come
         self._ending = False  # one of them ends the program
-        found = termios.tcgetattr(keyboard) if termios and self.person else None
-        self._modes: list[Any] | None = found
+        self._modes: list[Any] | None = None  # as they were found
+        if termios and self.person:
+            self._modes = termios.tcgetattr(self._keyboard)
+        self._off = 0  # of the local modes, while the terminal is ours
 
     def __enter__(self) -> Self:
         # A Python handler runs on the main thread, between two steps of it; the byte
@@ -531,7 +492,9 @@ class Terminal:
         if self._modes:  # there is something to put in order
             for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT:
                 signal.signal(number, self._on_end)
-        self._set_modes(self._kept_off)
+            for number in signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH:
+                signal.signal(number, lambda number, _: self._signals.append(number))
+        self._set_modes(self._off)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -545,46 +508,76 @@ class Terminal:
         pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
         self._mention = re.compile(pattern, re.IGNORECASE)
 
-    # --- asking ---------------------------------------------------------------------
-
-    def ask(self, prompt: str, until: Fact = _never) -> str | None:
-        """Return the line that is typed; None if the person leaves.
+    def ask(self, prompt: str, until: Fact = _never) -> str:
+        """Return the line that is typed.  Raises Leave if the person leaves.
 
         until: "" is the answer as soon as this is so; looked at after every nudge.
         """
         with self._lock:
             self._prompt, self._until = prompt, until
-            self._begin()
+            self._begin_line()
         try:
-            line = self._read_line()
+            return self._read_line()
         finally:
             with self._lock:
-                self._end()
+                self._end_line()
                 self._prompt, self._until = "", _never
-        return None if line is None or _is_quit(line) else line
 
-    def _next(self) -> str | None:
-        """Return the next key or line; None at the end of input, "" if woken."""
+    def _begin_line(self) -> None:
+        """Show the prompt.  Caller holds _lock."""
+        self._echoed = False
+        self.draft = ("", "")  # the system edits the line
+        if self.person:
+            self._write(self._prompt)
+        if self._prompt == PASSWORD:
+            # What is half typed in the system's buffer is no part of the secret.
+            self._off = _HIDDEN
+            self._set_modes(self._off, flush=True)
+
+    def _read_line(self) -> str:
+        if os.name == "nt" and self._prompt == PASSWORD:
+            return getpass.getpass("")
+        if not (line := self._next()):
+            return line
+        text, shown = line.removesuffix("\n"), self._prompt != PASSWORD
+        self._echoed = shown and line != text
+        if not self.person:
+            self.show(self._prompt + text * shown)
+        if _is_quit(text):
+            raise Leave
+        return text
+
+    def _end_line(self) -> None:
+        """See to it that what is shown next begins a row.  Caller holds _lock."""
+        if self.person and not self._echoed:
+            self._write("\n")
+        self._off = 0
+        self._set_modes(self._off)
+
+    def _next(self) -> str:
+        """Return the next line or key; "" if woken.  The end of input is a Leave."""
         while not self._ahead:
             if self._until():  # what was typed before has been used by now
                 return ""
             if self._input_ended:
-                return None
+                raise Leave
             self._await_typing()
         return self._ahead.popleft()
 
     def _await_typing(self) -> None:
-        self._watch()
-
-    # --- waiting --------------------------------------------------------------------
+        if os.name == "nt":  # select() takes sockets only there
+            self._read_keyboard()
+            self._heed_signals()
+        else:
+            self._watch()
 
     def wait(
         self, fact: Fact, writable: socket.socket | None = None, patient: bool = False
-    ) -> bool:
-        """Wait until this is so, with the keyboard watched; False if the person leaves.
+    ) -> None:
+        """Wait until this is so, with the keyboard watched.
 
-        They then wait LEAVE_SECONDS more, and as long as the socket goes on taking what
-        is sent.  The fact is looked at after every nudge, and if it is writable.
+        Who leaves meanwhile waits LEAVE_SECONDS more: then ServerHangs is raised.  The
+        fact is looked at after every nudge, and if the socket is writable.
         patient: what came from a pipe is to be delivered, however long that takes.
         """
         for_ever = patient and not (self.person or self._ending)
@@ -593,30 +586,36 @@ class Terminal:
         while not fact():
             if deadline == math.inf and not for_ever and self._wants_to_leave():
                 deadline = time.monotonic() + LEAVE_SECONDS
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
-                return False
-            if self._watch(seconds, writable):
-                deadline = math.inf
-        return True
+            if time.monotonic() >= deadline:
+                raise ServerHangs
+            self._watch(deadline - time.monotonic(), writable)
 
     def _wants_to_leave(self) -> bool:
         """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
-        if self.leaving or self._input_ended and (self.person or not self._ahead):
+        if self.leaving:
             return True
-        # What is in a pipe is delivered, however long that takes.
+        if not self.person:  # what is in a pipe is delivered, however long that takes
+            return self._input_ended and not self._ahead
         typed = [key for key in self._ahead if not key.startswith(_PASTED)]
-        return self.person and _LEAVES.search("".join(typed)) is not None
+        return self._input_ended or _LEAVES.search("".join(typed)) is not None
+
+    def check_leaving(self) -> None:
+        """Raise Leave if the person has asked to while nobody watched the keyboard."""
+        self._watch(0)
+        if self.person and self._wants_to_leave():
+            raise Leave
 
     def nudge(self) -> None:
         """Let the main thread look at what it waits for.  For any thread."""
         with suppress(OSError):  # full of nudges, or nobody waits any more
             self._waker.send(b"\0")
+        if os.name == "nt" and self._until():
+            self.show("(Please press Enter.)")  # nothing else ends its reading there
 
     def _watch(
         self, seconds: float = math.inf, writable: socket.socket | None = None
     ) -> bool:
-        """Wait for keys, a nudge or a signal, and take them; True if writable.
+        """Wait for keys, a nudge or a signal, and take them; False if none came.
 
         Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
         """
@@ -624,7 +623,7 @@ class Terminal:
         if os.name != "nt" and not self._input_ended:
             inputs += [self._keyboard] if len(self._ahead) < MAX_TYPED_AHEAD else []
         outputs = [writable] if writable else []
-        timeout = None if seconds == math.inf else seconds
+        timeout = None if seconds == math.inf else max(0.0, seconds)
         readable, ready, _ = select.select(inputs, outputs, [], timeout)
         if self._wake_receiver in readable:
             self._wake_receiver.recv(READ_BYTES)
@@ -632,7 +631,7 @@ class Terminal:
         self._heed_signals()
         if self._keyboard in readable:
             self._read_keyboard()
-        return bool(ready)
+        return bool(readable or ready)
 
     def _read_keyboard(self) -> None:
         try:
@@ -641,16 +640,11 @@ class Terminal:
             chunk = b""  # the terminal has been closed
         self._empty_reads = 0 if chunk else self._empty_reads + 1
         self._input_ended = self._empty_reads > self._idle_reads
-        self._ahead += self._cut(chunk)
-
-    # --- signals, modes, and the end ------------------------------------------------
+        self._ahead += self._reader.feed(chunk)
 
     def _on_end(self, number: int, _: object) -> None:
-        """Note that the program is to end.  The second time end it at once.
-
-        The leaving may be stuck then, on a server or on a screen that takes nothing.
-        """
-        if self._ending:
+        """Note that the program is to end.  The second time end it at once."""
+        if self._ending:  # stuck, on a server or on a screen that takes nothing
             self._restore()
             os._exit(128 + number)
         self._ending = True
@@ -658,41 +652,71 @@ class Terminal:
 
     def _heed_signals(self) -> None:
         while self._signals:
-            self._heed(self._signals.popleft())
+            number = self._signals.popleft()
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if number == signal.SIGTSTP:
+                self._stop()
+            elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
+                self._set_modes(self._off)
+            elif number != signal.SIGWINCH:  # for which it is enough to wake
+                sys.exit(128 + number)
 
-    def _heed(self, number: int) -> None:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
+    def _stop(self) -> None:
+        """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
+        self._set_modes(0)
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        # Without a shell to continue it the system has not stopped it at all.
+        self._signals.append(signal.SIGCONT)
 
     def _restore(self) -> None:
         """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
         self.forget_typed()
-        self._set_modes()
+        self._set_modes(0)
 
-    def forget_typed(self) -> None:
+    def forget_typed(self) -> int:
         """Throw away what was typed ahead, lest the menu or the shell take it.
 
-        A terminal goes on sending the rest of a long paste after the system's buffer
-        has been emptied, so this waits until nothing comes any more.
+        Returns how many pasted lines were among it.
         """
-        if not self._modes:
-            return
+        if self._modes and not self._in_background():
+            self._read_out()
+        unsent = len(self._pasted)
+        self._pasted.clear()
+        self._ahead.clear()
+        return unsent
+
+    def _read_out(self) -> None:
+        """Read until nothing comes any more.
+
+        A terminal goes on sending the rest of a long paste after the system's buffer has
+        been emptied.
+        """
         deadline = time.monotonic() + FORGET_SECONDS
         self._set_modes(_EDITED)
         with suppress(OSError):  # the terminal has been closed
             while time.monotonic() < deadline:
-                if not select.select([self._keyboard], [], [], self._pause)[0]:
+                pause = PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
+                if not select.select([self._keyboard], [], [], pause)[0]:
                     break
                 if not (chunk := os.read(self._keyboard, READ_BYTES)):
                     break
-                self._cut(chunk)
-        self._ahead.clear()
-        self._set_modes(self._kept_off, flush=True)
+                self._reader.feed(chunk)
+        if not self._reader.pasting:
+            self._reader = type(self._reader)()
+        self._set_modes(self._off, flush=True)
 
-    def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
+    def _in_background(self) -> bool:
+        """Tell whether the shell has the terminal: to touch it would stop the program."""
+        with suppress(OSError):  # no shell with job control has it
+            return os.tcgetpgrp(self._keyboard) != os.getpgrp()
+        return False
+
+    def _set_modes(self, off: int, *, flush: bool = False) -> None:
         """Set the modes that were found, but for some local ones that are off."""
-        if not self._modes:
+        if not self._modes or self._in_background():
             return
         modes = [*self._modes[:6], [*self._modes[6]]]
         modes[3] &= ~off
@@ -704,13 +728,18 @@ class Terminal:
             # At once: output that is paused must not hold this up.
             termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
 
-    # --- the screen -----------------------------------------------------------------
-
     def show(self, *lines: ServerLine | str) -> None:
         """Show whole lines above the one being typed.  For any thread."""
         with self._lock:
-            if text := "".join([self._paint(line) + "\n" for line in lines]):
-                self._show_text(text)
+            text = "".join([self._paint(line) + "\n" for line in lines])
+            if text and self._prompt:
+                self._draw(text)
+            else:
+                self._write(text)
+
+    def _draw(self, above: str = "") -> None:
+        """Write lines, and the prompt again below them.  Caller holds _lock."""
+        self._write(f"\n{above}{self._prompt}" if self.person else above)
 
     def _paint(self, line: ServerLine | str) -> str:
         """Return a line as it is shown, with what the flags ask for."""
@@ -738,73 +767,20 @@ class Terminal:
                     select.select([], [self._screen], [])
 
 
-class PlainTerminal(Terminal):
-    """Keyboard and screen without any escape sequence.
+class LineReader:
+    """Cuts what comes from a pipe or a plain terminal into lines, with their newlines."""
 
-    With a person at it, a prompt stands there while they type.  In a pipe it appears
-    together with the answer, so that what comes out reads like a session.
-    """
+    pasting = False  # nobody can know
 
-    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
-        super().__init__(keyboard, screen, options)
+    def __init__(self) -> None:
         # One over the limit is as good as any more: the server refuses it.
         self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-        self._last = b"\n"  # of what was read
-        self._echoed = False  # the Enter that ended the line
 
-    def _begin(self) -> None:
-        self._echoed = False
-        if self.person:
-            self._write(self._prompt)
-        if self._prompt == PASSWORD:
-            # What is half typed in the system's buffer is no part of the secret.
-            self._set_modes(termios.ECHO if termios else 0, flush=True)
-
-    def _read_line(self) -> str | None:
-        if os.name == "nt" and self._prompt == PASSWORD:
-            return getpass.getpass("")
-        line = self._next()
-        if not line:
-            return line
-        text, shown = line.removesuffix("\n"), self._prompt != PASSWORD
-        self._echoed = shown and line != text
-        if not self.person:
-            self.show(self._prompt + text * shown)
-        return text
-
-    def _await_typing(self) -> None:
-        if os.name != "nt":
-            return super()._await_typing()
-        self._read_keyboard()  # select() takes sockets only there
-        self._heed_signals()
-
-    def _end(self) -> None:
-        if self.person and not self._echoed:
-            self._write("\n")
-        self._set_modes()
-
-    def _cut(self, chunk: bytes) -> list[str]:
-        # At the end of input the newline of the last line is made up: it counts.
-        chunk = chunk or b"\n".removeprefix(self._last)
-        self._last = chunk[-1:]
-        lines = self._splitter.feed(chunk)
-        return [
-            f"{line.decode(protocol.ENCODING, 'surrogateescape')}\n" for line in lines
-        ]
-
-    def forget_typed(self) -> None:
-        super().forget_typed()
-        self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-
-    def nudge(self) -> None:
-        super().nudge()
-        if os.name == "nt" and self._until():
-            self.show("(Please press Enter.)")  # nothing else ends its reading there
-
-    def _show_text(self, text: str) -> None:
-        if self.person and self._prompt:
-            text = f"\n{text}{self._prompt}"
-        self._write(text)
+    def feed(self, chunk: bytes) -> list[str]:
+        """Add what was read, nothing at the end of input, and return complete lines."""
+        lines = self._splitter.feed(chunk or b"\n")  # the last line counts
+        texts = [str(line, protocol.ENCODING, "surrogateescape") for line in lines]
+        return [f"{text}\n" for text in texts if chunk or text]
 
 
 # --- keys ---------------------------------------------------------------------------
@@ -812,7 +788,7 @@ class PlainTerminal(Terminal):
 _JOINER = "\u200d"  # of emoji, and of letters of some scripts
 
 
-def cell_width(char: str) -> int:
+def _cell_width(char: str) -> int:
     """Return how many cells of the screen a character takes: 0, 1 or 2."""
     if unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
@@ -821,18 +797,18 @@ def cell_width(char: str) -> int:
 
 def _width_at(text: str, place: int) -> int:
     """Return how many cells text[place] takes; joined emoji take those of one."""
-    width = cell_width(text[place])
+    width = _cell_width(text[place])
     if width and place and text[place - 1] == _JOINER:
         base = place - 1
-        while base and not cell_width(text[base]):
+        while base and not _cell_width(text[base]):
             base -= 1
-        if cell_width(text[base]) == 2:  # letters that are joined stand side by side
+        if _cell_width(text[base]) == 2:  # letters that are joined stand side by side
             return 0
     return width
 
 
-# Where a key takes the cursor, to the left (by is -1) or to the right.  A character is
-# passed with all that combines with it, so that no key stops inside one.
+# Where a key takes the cursor, to the left (by is negative) or to the right.  A character
+# is passed with all that combines with it, so that no key stops inside one.
 def _step(text: str, place: int, by: int) -> int:
     place = min(max(0, place + by), len(text))
     while 0 < place < len(text) and not _width_at(text, place):
@@ -840,7 +816,7 @@ def _step(text: str, place: int, by: int) -> int:
     return place
 
 
-def _word(text: str, place: int, by: int, gap: str = r"\W") -> int:
+def _word(text: str, place: int, by: int, gap: str) -> int:
     """Pass what is between two words, then a word."""
     for in_gap in (True, False):
         while (further := _step(text, place, by)) != place:
@@ -850,99 +826,68 @@ def _word(text: str, place: int, by: int, gap: str = r"\W") -> int:
     return place
 
 
-_left, _right, _home, _end = [
-    partial(_step, by=by) for by in (-1, 1, -sys.maxsize, sys.maxsize)
-]
-_word_left, _word_right = partial(_word, by=-1), partial(_word, by=1)
-# key → where it takes the cursor, and whether it cuts what it passes
+_FAR = sys.maxsize
+# key → how far it takes the cursor, in characters or in words with such gaps between
+# them, and whether it cuts what is passed on the way there
 _KEYS = {
-    key: (move, cuts)
-    for move, cuts, keys in [
-        (_left, False, "\x02 \x1b[D \x1bOD"),
-        (_left, True, "\x7f \x08"),
-        (_right, False, "\x06 \x1b[C \x1bOC"),
-        (_right, True, "\x04 \x1b[3~"),
-        (_word_left, False, "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D"),
-        (_word_left, True, "\x1b\x7f \x1b\x08"),
-        (_word_right, False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
-        (_word_right, True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
-        (partial(_word_left, gap=r"\s"), True, "\x17"),
-        (_home, False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
-        (_home, True, "\x15"),
-        (_end, False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
-        (_end, True, "\x0b"),
+    key: (by, gap, cuts)
+    for by, gap, cuts, keys in [
+        (-1, "", False, "\x02 \x1b[D \x1bOD"),
+        (-1, "", True, "\x7f \x08"),
+        (1, "", False, "\x06 \x1b[C \x1bOC"),
+        (1, "", True, "\x04 \x1b[3~"),
+        (-_FAR, "", False, "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~"),
+        (-_FAR, "", True, "\x15"),
+        (_FAR, "", False, "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~"),
+        (_FAR, "", True, "\x0b"),
+        (-1, r"\W", False, "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D"),
+        (-1, r"\W", True, "\x1b\x7f \x1b\x08"),
+        (1, r"\W", False, "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C"),
+        (1, r"\W", True, "\x1bd \x1b[3;5~ \x1b[3;3~"),
+        (-1, r"\s", True, "\x17"),
     ]
     for key in keys.split(" ")
 }
 _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
 
-# One key: an escape sequence (also one that breaks off), Alt and a character, or a
-# character.  What matches none of them is the beginning of a sequence.
-_KEY = re.compile(
-    r"\x1b+\[\[?+[0-?]*+[ -/]*+(?:[@-~]|(?=.))"
-    r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b]",
-    re.DOTALL,
-)
 # Around what is pasted.  A key that begins so stands for a whole paste.
 _PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
-_BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
+# One key: a paste (before which a person may have pressed Escape), an escape sequence
+# (also one that breaks off), Alt and a character, or a character.  What matches none of
+# them is the beginning of a paste or of a sequence.
+_KEY = re.compile(
+    r"\x1b+\[200~([^\x1b]*+(?:\x1b(?!\[201~)[^\x1b]*+)*+)\x1b\[201~"
+    r"|(?!\x1b+\[200~)(?:\x1b+\[\[?+[0-?]*+[ -/]*+(?:[@-~]|(?=.))"
+    r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b])",
+    re.DOTALL,
+)
 
 
 class KeyReader:
-    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key.
-
-    Both may be cut anywhere between two reads, also inside a bracket or a character.
-    """
+    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
         self._rest = ""  # the beginning of a key
-        self.pasting = False  # the end of a paste is still to come
+
+    @property
+    def pasting(self) -> bool:
+        """The end of a paste is still to come."""
+        return self._rest.lstrip("\x1b").startswith(_PASTED[1:])
 
     def feed(self, chunk: bytes) -> list[str]:
         """Add what was read and return the keys that it completes."""
         self._rest += self._decoder.decode(chunk)
         keys, place = [], 0
-        self.pasting = False
         while match := _KEY.match(self._rest, place):
-            key, end = match[0], match.end()
-            if key.endswith(_PASTED):  # a person may have pressed Escape before
-                close = self._rest.find(_PASTE_END, end)
-                if close < 0:
-                    self.pasting = True
-                    break
-                key = _PASTED + self._rest[end:close][:MAX_TYPED_CHARS]
-                end = close + len(_PASTE_END)
-            keys.append(key)
-            place = end
+            pasted = match[1]
+            keys.append(match[0] if pasted is None else _PASTED + pasted)
+            place = match.end()
         self._rest = self._rest[place:]
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
         if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:
             self._rest = self._rest[:MAX_TYPED_CHARS] + self._rest[-len(_PASTE_END) :]
         return keys
-
-
-class History:
-    """The messages that were sent, and the one being typed as the newest of them."""
-
-    def __init__(self) -> None:
-        self._sent: deque[str] = deque(maxlen=HISTORY_LINES)
-
-    def add(self, text: str) -> None:
-        """Note a message."""
-        if text not in [*self._sent][-1:]:
-            self._sent.append(text)
-
-    def start(self) -> None:
-        """Begin a new message; what was changed in the old ones is as it was sent."""
-        self._drafts = [*self._sent, ""]
-        self._place = len(self._sent)
-
-    def move(self, steps: int, text: str) -> str:
-        """Return the message so many steps newer; text: the one left, as it is now."""
-        self._drafts[self._place] = text
-        self._place = min(max(0, self._place + steps), len(self._drafts) - 1)
-        return self._drafts[self._place]
 
 
 # --- the line editor ----------------------------------------------------------------
@@ -962,147 +907,134 @@ _NAMES = re.compile(
 class LineEditor(Terminal):
     """Keyboard and screen of a terminal, with the line being typed at the bottom.
 
-    The screen is changed in one write at a time: from the first row of the line down
-    everything is cleared, what others wrote comes there, and prompt and line again
-    below it.  So it is right after each write, whoever's turn it is, and a change of
-    the window's size is one more reason to draw, and no case of its own.
+    It reads keys in place of lines, and draws what Terminal only writes.  The screen is
+    changed in one write at a time: from the first row of the line down everything is
+    cleared, what others wrote comes there, and prompt and line again below it.  So it is
+    right after each write, whoever's turn it is, and a change of the window's size is
+    one more reason to draw, and no case of its own.
     """
 
-    _kept_off = _EDITED
+    # A read that never waits is empty as well when Ctrl-C or Ctrl-Z has emptied the
+    # system's buffer before it.
     _idle_reads = 2
 
-    def __init__(self, keyboard: int, screen: int, options: argparse.Namespace) -> None:
-        super().__init__(keyboard, screen, options)
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self._off = _EDITED
+        self._brackets = ""  # the request for them around a paste, or for none
+        self._reader = KeyReader()
         self._colours = not os.environ.get("NO_COLOR")
-        self._keys = KeyReader()
-        self._last_key_at = 0.0
-        self._history = History()
-        self._names: dict[str, str] = {}  # that were seen, by their keys; the last last
+        self._before, self._after = self.draft  # the cursor, of the line being typed
+        self._was_pasted = False  # what was done last to it
+        self._unpasted = ("", "")  # the line with the first of them alone
+        self._sent: deque[str] = deque(maxlen=REMEMBERED)
+        self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
         self._fitting: Iterator[str] | None = None  # of them, for Tab once more
-        self._text, self._place = self.draft  # the line being typed, and its cursor
-        self._pasted: deque[str] = deque()  # lines that are to be sent
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
-        self._brackets = ""  # that were asked for, or not, around a paste
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        for number in signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT:
-            signal.signal(number, lambda number, _: self._signals.append(number))
-        return self
-
-    def _set_modes(self, off: int = 0, *, flush: bool = False) -> None:
+    def _set_modes(self, off: int, *, flush: bool = False) -> None:
         super()._set_modes(off, flush=flush)
-        before, self._brackets = self._brackets, _BRACKETS_ON if off else _BRACKETS_OFF
+        before, self._brackets = self._brackets, "\x1b[?2004" + ("h" if off else "l")
         # A signal handler may be here because the screen takes nothing any more.
         ready = select.select([], [self._screen], [], QUIET_SECONDS)[1]
         if self._brackets != before and ready:
             self._write(self._brackets)
 
-    def _heed(self, number: int) -> None:
-        if number == signal.SIGTSTP:
-            if not self._keys.pasting:  # the shell would get, and run, the rest
-                self._stop()
-        elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
-            with self._lock:
-                self._shown = ("", "")  # the shell has written since
-                self._brackets = ""
-                self._set_modes(self._kept_off)
-        elif number != signal.SIGWINCH:  # for which it is enough to wake
-            super()._heed(number)
-
     def _stop(self) -> None:
-        """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
-        with self._lock:
-            self._end()
-            self._set_modes()
-            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTSTP)
-            signal.signal(signal.SIGTSTP, handler)
-            # Without a shell to continue it the system has not stopped it at all.
-            self._signals.append(signal.SIGCONT)
+        if not self._reader.pasting:  # the shell would get, and run, the rest
+            with self._lock:
+                self._end_line()
+                super()._stop()
 
-    # --- asking ---------------------------------------------------------------------
-
-    def ask(self, prompt: str, until: Fact = _never) -> str | None:
+    def ask(self, prompt: str, until: Fact = _never) -> str:
         """Return the line that is typed, or the next one that was pasted."""
         if self._pasted:
-            answer: str | None = self._pasted.popleft()
+            answer = self._pasted.popleft()
             self.show(prompt if prompt == PASSWORD else f"{prompt}{answer}")
-            if answer and _is_quit(answer):
+            if _is_quit(answer):
                 answer += " "  # with the blank it is a message
         else:
             answer = super().ask(prompt, until)
             if len(self._pasted) > MAX_PASTED_LINES:
                 self._confirm(until)
-        if answer and answer.strip() and prompt == MESSAGE:
-            self._history.add(answer)
+        if answer.strip() and prompt == MESSAGE:
+            self._sent.append(answer)
         return answer
 
     def _confirm(self, until: Fact) -> None:
         """Ask before many lines are sent; Enter alone means No."""
         lines, self._pasted = self._pasted, deque()
-        answer = super().ask(f"Send {len(lines)} lines? [y/N] ", until)
-        if (answer or "").strip().lower() in ("y", "yes"):
-            self._pasted = lines
-        else:
-            self.draft = (lines[0], len(lines[0]))
+        with suppress(Leave):
+            answer = super().ask(f"Send {len(lines)} lines? [y/N] ", until)
+            if answer.strip().lower() in ("y", "yes"):
+                self._pasted = lines
+                return
+        self.draft = self._unpasted
 
-    def _begin(self) -> None:
-        self._text, self._place, self._fitting = "", 0, None
-        self._was_pasted = False  # what was done last to the line being typed
+    def _begin_line(self) -> None:
+        self._before = self._after = ""
+        self._was_pasted, self._fitting = False, None
+        self._drafts = [*self._sent, ""]  # what Up and Down go through, as it is now
+        self._recalled = len(self._sent)
         if self._prompt == MESSAGE:
-            (self._text, self._place), self.draft = self.draft, ("", 0)
-        self._history.start()
+            (self._before, self._after), self.draft = self.draft, ("", "")
         self._draw()
 
-    def _read_line(self) -> str | None:
+    def _read_line(self) -> str:
         """Let keys change the line until one of them ends it."""
         while key := self._next():
+            text = self._before + self._after
+            if key == "\x04" and not text:
+                raise Leave
             if key in "\r\n":
-                if not (self._was_pasted and _is_quit(self._text)):
-                    return self._text
-                self._pasted.append(self._text)  # it is text, and no wish to leave
-                self._text, self._place = "", 0
-                break
-            if key == "\x04" and not self._text:
-                return None
+                if _is_quit(text) and not self._was_pasted:
+                    raise Leave
+                return f"{text} " if _is_quit(text) else text
             with self._lock:
                 self._edit(key)
                 if self._pasted:
                     break
                 if not self._ahead:  # of many keys at once only the last one is drawn
                     self._draw()
-        if key is None:
-            return None
         with self._lock:  # the line goes: something else comes here before it is sent
             if self._prompt == MESSAGE:
-                self.draft = (self._text, self._place)
+                self.draft = (self._before, self._after)
             self._write(self._erase())
             self._prompt = ""
         return ""
 
-    def _end(self) -> None:
+    def _end_line(self) -> None:
         if self._prompt:  # the line stays on the screen, whole
-            text = "" if self._prompt == PASSWORD else self._text
+            text = "" if self._prompt == PASSWORD else self._before + self._after
             self._write(f"{self._erase()}{self._prompt}{text}\n")
+
+    def _await_typing(self) -> None:
+        pasting = self._reader.pasting
+        if not self._watch(PASTE_SECONDS if pasting else math.inf):  # its end got lost
+            self._ahead += self._reader.feed(_PASTE_END.encode())
+        if not self._ahead:  # the window's size has changed, or all is forgotten
+            with self._lock:
+                self._draw()
 
     def _edit(self, key: str) -> None:
         """Change the line as a key asks for.  Caller holds _lock."""
         self._was_pasted = False
-        if key == "\t":
-            self._complete()
-            return
-        self._fitting = None
+        if key != "\t":
+            self._fitting = None
         if key in _KEYS:
-            move, cuts = _KEYS[key]
-            start, end = sorted((self._place, move(self._text, self._place)))
-            if cuts:
-                self._text, self._place = self._text[:start] + self._text[end:], start
-            else:
-                self._place = start + end - self._place
+            by, gap, cuts = _KEYS[key]
+            text, start = self._before + self._after, len(self._before)
+            end = _word(text, start, by, gap) if gap else _step(text, start, by)
+            self._before = text[: min(start, end) if cuts else end]
+            self._after = text[max(start, end) if cuts else end :]
         elif key in _RECALLS and self._prompt != PASSWORD:
-            self._text = self._history.move(_RECALLS[key], self._text)
-            self._place = len(self._text)
+            self._drafts[self._recalled] = self._before + self._after
+            self._recalled = min(
+                max(0, self._recalled + _RECALLS[key]), len(self._sent)
+            )
+            self._before, self._after = self._drafts[self._recalled], ""
+        elif key == "\t":
+            self._complete()
         elif key == "\x0c":
             self._write("\x1b[H\x1b[2J")
             self._shown = ("", "")
@@ -1110,14 +1042,7 @@ class LineEditor(Terminal):
             self._paste(key.removeprefix(_PASTED))
             self._was_pasted = self._prompt == MESSAGE
         elif key >= " " and key[0] != "\x1b":
-            self._insert(protocol.clean(key))
-
-    def _insert(self, text: str, instead_of: int = 0) -> None:
-        """Insert a text in place of so many characters before the cursor."""
-        before = self._text[: self._place - instead_of]
-        after = self._text[self._place :]
-        text = text[: max(0, MAX_TYPED_CHARS - len(self._text))]
-        self._text, self._place = before + text + after, len(before + text)
+            self._before += protocol.clean(key)
 
     def _paste(self, text: str) -> None:
         """Insert a line; of a longer text put the lines into _pasted.
@@ -1126,70 +1051,36 @@ class LineEditor(Terminal):
         Where no message is typed, only the first line is of use.
         """
         first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
+        self._before += first
         if not more or self._prompt != MESSAGE:
-            self._insert(first)
             return
-        *lines, last = self._text[: self._place] + first, *more
-        rest = last + self._text[self._place :]
-        lines = [line for line in lines if line.strip()]
-        if rest.strip() and len(lines) >= MAX_PASTED_LINES:
-            lines, rest, last = [*lines, rest], "", ""
-        self._pasted.extend(lines)
-        self._text, self._place = rest, len(last)
+        self._unpasted = (self._before, self._after)
+        lines = [self._before, *more]
+        if sum(line.strip() != "" for line in lines) > MAX_PASTED_LINES:
+            lines.append("")
+        *lines, self._before = lines
+        self._pasted.extend([line for line in lines if line.strip()])
 
     def _complete(self) -> None:
         """Complete a name that was seen; once more: the next one that fits."""
         # Once more, the name that was put in is the stem, and is replaced.
-        stem = self._text[: self._place].rpartition(" ")[2]
+        stem = self._before.rpartition(" ")[2]
         if self._fitting is None:
-            names = self._others_names(stem)
-            if self._prompt == PASSWORD or not names:
-                self._insert(protocol.clean("\t"))
+            start, seen = protocol.name_key(stem), dict.fromkeys(reversed(self._names))
+            names = [name for name in seen if protocol.name_key(name).startswith(start)]
+            fitting = [name for name in names if not self._mention.fullmatch(name)]
+            if self._prompt == PASSWORD or not fitting:
+                self._before += protocol.clean("\t")
                 return
-            self._fitting = cycle(names)
-        self._insert(next(self._fitting), instead_of=len(stem))
-
-    def _others_names(self, stem: str) -> list[str]:
-        """Return the names of others that begin so, the one seen last first."""
-        start = protocol.name_key(stem)
-        seen = [name for key, name in self._names.items() if key.startswith(start)]
-        return [name for name in reversed(seen) if not self._mention.fullmatch(name)]
-
-    def _note_names(self, line: ServerLine) -> None:
-        found = _NAMES.findall(line.text) if line.mark == "*" else []
-        for name in [line.name, *found]:
-            if 0 < len(name) <= protocol.MAX_NAME_CHARS:
-                self._names.pop(protocol.name_key(name), None)
-                self._names[protocol.name_key(name)] = name
-        while len(self._names) > NAMES_SEEN:
-            del self._names[next(iter(self._names))]
-
-    # --- the keyboard ---------------------------------------------------------------
-
-    def _cut(self, chunk: bytes) -> list[str]:
-        self._last_key_at = time.monotonic()
-        keys = self._keys.feed(chunk)
-        self._pause = PASTE_SECONDS if self._keys.pasting else QUIET_SECONDS
-        return keys
-
-    def _await_typing(self) -> None:
-        self._watch(PASTE_SECONDS if self._keys.pasting else math.inf)
-        silent = time.monotonic() - self._last_key_at >= PASTE_SECONDS
-        if self._keys.pasting and silent:  # its end got lost
-            self._ahead += self._cut(_PASTE_END.encode())
-        if not self._ahead:  # the window's size has changed, or all is forgotten
-            with self._lock:
-                self._draw()
-
-    def forget_typed(self) -> None:
-        super().forget_typed()
-        self._pasted.clear()
-
-    # --- the screen -----------------------------------------------------------------
+            self._fitting = cycle(fitting)
+        self._before = self._before.removesuffix(stem) + next(self._fitting)
 
     def _style(self, line: ServerLine) -> str:
         """Return a line in its colours; the person's own name is bold in it."""
-        self._note_names(line)
+        names = [line.name, *(_NAMES.findall(line.text) if line.mark == "*" else [])]
+        self._names += [
+            name for name in names if 0 < len(name) <= protocol.MAX_NAME_CHARS
+        ]
         text = super()._style(line)
         if not self._colours:
             return text
@@ -1201,12 +1092,6 @@ class LineEditor(Terminal):
         colour = _NAME_COLOURS[zlib.crc32(line.name.encode()) % len(_NAME_COLOURS)]
         return f"\x1b[{colour}m{line.name}\x1b[m: {said}" if line.name else text
 
-    def _show_text(self, text: str) -> None:
-        if self._prompt:
-            self._draw(text)
-        else:
-            self._write(text)
-
     def _erase(self) -> str:
         """Return what clears prompt and line from the screen.  Caller holds _lock."""
         before, after = self._shown
@@ -1217,17 +1102,11 @@ class LineEditor(Terminal):
         return f"\r{_move(up, 'A')}\x1b[K \x1b[J\r"
 
     def _draw(self, above: str = "") -> None:
-        """Write lines above the prompt, and prompt and line again, in one write.
-
-        Caller holds _lock.
-        """
+        """Write lines, and prompt and line again below them.  Caller holds _lock."""
         columns, rows = self._size()
-        text, place = self._text, self._place
-        if self._prompt == PASSWORD:
-            text, place = "", 0
-        before, after = _window(
-            f"{self._prompt}{text[:place]}", text[place:], columns, rows - 1
-        )
+        hidden = self._prompt == PASSWORD
+        before, after = ("", "") if hidden else (self._before, self._after)
+        before, after = _window(self._prompt + before, after, columns, rows - 1)
         places = _places(before + after, columns)
         (end_row, end_column), (row, column) = places[-1], places[len(before)]
         self._write(
@@ -1239,11 +1118,9 @@ class LineEditor(Terminal):
         self._shown = (before, after)
 
     def _size(self) -> tuple[int, int]:
-        """Return columns and rows of the window, as they are now."""
-        try:
+        columns = rows = 0
+        with suppress(OSError):  # the terminal has been closed
             columns, rows = os.get_terminal_size(self._screen)
-        except OSError:
-            columns = rows = 0
         return columns or 80, rows or 24
 
 
@@ -1261,8 +1138,7 @@ def _places(text: str, columns: int) -> list[tuple[int, int]]:
             row, column = row + 1, 0
         places.append((row, column))
         column += width
-    places.append((row, column) if column < columns else (row + 1, 0))
-    return places
+    return [*places, (row, column) if column < columns else (row + 1, 0)]
 
 
 def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]:
@@ -1274,10 +1150,8 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
     places = _places(before + after, columns)
     last_row = max(rows - 1, places[len(before)][0])
     inside = [last_row - rows < row <= last_row for row, _ in places[:-1]]
-    return (
-        "".join([c for c, shown in zip(before, inside) if shown]),
-        "".join([c for c, shown in zip(after, inside[len(before) :]) if shown]),
-    )
+    behind = inside[len(before) :]
+    return "".join(compress(before, inside)), "".join(compress(after, behind))
 
 
 if __name__ == "__main__":
