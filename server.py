@@ -48,7 +48,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import chain, islice, takewhile
+from itertools import chain, islice, repeat, takewhile
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -86,6 +86,8 @@ MAX_OUTBOX_BYTES = 256 * 1024
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 # What only one member sees is not shared: so much for all of them.
 MAX_OWN_BYTES = 32 * 1024 * 1024
+# A reply goes out in pieces of this size, the next one once the last one is being read.
+REPLY_BYTES = 16 * 1024
 # An entry takes so much memory besides its bytes, and so does a spot.
 ENTRY_BYTES = 200
 TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
@@ -100,12 +102,14 @@ FULL_PASS_SECONDS = 0.08
 LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
-LINGER_SECONDS = 1.0  # for the last lines to a client that leaves
+LEAVE_SECONDS = 5.0  # for what a member that leaves has still to be sent
+LINGER_SECONDS = 1.0  # for a peer to end its side after ours
 POLL_SECONDS = 0.02  # between two looks at the connections that linger
-SHUTDOWN_SECONDS = 1.3  # 2 s are promised
+SHUTDOWN_SECONDS = 1.2  # 2 s are promised
 HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
-LAST_LINES_SECONDS = 0.2  # for what still waits after the shutdown
+LAST_MESSAGES_SECONDS = 0.4  # for what still waits for the database after that
+LAST_LINES_SECONDS = 0.2  # and for the terminal
 # Lines and messages come in bursts, and a batch costs little more than one of them.
 GATHER_SECONDS = 0.005
 
@@ -114,7 +118,7 @@ MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
 SCHEMA_VERSION = 1  # PRAGMA user_version of the database
 ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
 BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
-RETRY_SECONDS = 0.2  # after a write to the database has failed
+RETRY_SECONDS = 0.1  # after a write to the database has failed
 HANGS_SECONDS = 1.0  # without a new batch: the disk hangs, and nobody waits for it
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
@@ -132,6 +136,7 @@ GONE_AGAIN = {
 }  # fmt: skip
 
 FOREVER = float("inf")
+Fact = Callable[[], bool]
 # Where there is only select(), on Windows, it takes no more than 512 sockets.
 ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
 MAX_WATCHED = 500 if ONLY_SELECT else sys.maxsize
@@ -163,6 +168,10 @@ class _Client:
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
 
+    def reads_replies(self) -> bool:
+        """Tell whether it may be sent another piece of a reply."""
+        return self.spot_bytes <= REPLY_BYTES or not self.is_sent_to
+
     def lose(self, reason: str) -> None:
         """Note that the peer is gone for good."""
         if not self.lost:
@@ -185,6 +194,7 @@ class _Entry(NamedTuple):
     to_self: bytes = b""
     joins: bool = False  # from here on it gets the stream
     leaves: bool = False  # and from here on no more
+    is_reply: bool = False  # to what the client has sent
 
     def size(self) -> int:
         """Return how many bytes of memory it takes."""
@@ -365,7 +375,8 @@ class ChatServer:
         if not client.is_sent_to:
             _shut(client.socket, socket.SHUT_WR)
         client.socket.setblocking(False)
-        self._lingering[client] = time.monotonic() + LINGER_SECONDS
+        seconds = LEAVE_SECONDS if client.is_sent_to else LINGER_SECONDS
+        self._lingering[client] = time.monotonic() + seconds
         self._arrivals.wake()
 
     # --- one client: its handler ----------------------------------------------------
@@ -464,7 +475,8 @@ class ChatServer:
             (line,) = next(lines, [b"q"])
             if line in protocol.QUIT_LINES:
                 return False
-            if not self._database.is_password(account, line):
+            dropped = lambda: client.dropped != ""
+            if not self._database.is_password(account, line, dropped):
                 raise ProtocolError(f"That is not the password of {name}.")
         return self._join(client, name, account)
 
@@ -487,7 +499,8 @@ class ChatServer:
                 raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
             if self._database:
-                welcome += self._database.history(HISTORY_MESSAGES)
+                messages = self._database.history(HISTORY_MESSAGES)
+                welcome += map(_format_message, messages)
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
@@ -511,6 +524,8 @@ class ChatServer:
         for batch in lines:
             said: list[str] = []
             for line in batch:
+                if self._outbox.closed.is_set():
+                    return
                 if line in protocol.QUIT_LINES:
                     self._say(client, said)
                     if self._tell_messages:
@@ -533,8 +548,6 @@ class ChatServer:
                     self._tell(f"Refused a line from {client}: {error}")
                     self._submit(_Entry(client, b"", protocol.refusal(error)))
             self._say(client, said)
-            if self._outbox.closed.is_set():
-                return
 
     def _say(self, client: _Client, said: list[str]) -> None:
         """Broadcast these texts, and empty the list."""
@@ -563,19 +576,32 @@ class ChatServer:
         """Append an entry once there is room for it, unless the server shuts down.
 
         told, said: what is for the terminal and for the database, which so keep the
-        order of the room.  Returns False if the entry's client has left.
+        order of the room.  Returns False if the entry's client has left, or all do.
         """
         client = entry.client
         assert client
         with self._lock:
             has_room = self._outbox.wait_for_room(entry)
-            here = self.clients.get(client.name) is client.socket
-            if has_room and here:
-                self._outbox.append(entry, told)
-                if said and self._database:
-                    self._database.remember(client.name, said)
+            if not has_room or self.clients.get(client.name) is not client.socket:
+                return False
+            self._outbox.append(entry, told)
+            if said and self._database:
+                self._database.remember(client.name, said)
         self._broadcaster.wake()
-        return here
+        return True
+
+    def _reply(self, client: _Client, lines: Iterable[bytes]) -> None:
+        """Send a member lines of its own, no more of them than it reads.
+
+        lines: made one at a time; the handler waits meanwhile for this member alone.
+        """
+        piece = b""
+        for line in chain(lines, [b""]):
+            if not line or len(piece) + len(line) > REPLY_BYTES:
+                if not self._submit(_Entry(client, b"", piece, is_reply=True)):
+                    return
+                piece = b""
+            piece += line
 
     # --- commands -------------------------------------------------------------------
 
@@ -587,16 +613,16 @@ class ChatServer:
         obey, _, _ = self._commands[command]
         obey(self, client, rest)
 
-    def _answer(self, client: _Client, *notices: str) -> None:
-        self._submit(_Entry(client, b"", b"".join(map(protocol.notice, notices))))
+    def _answer(self, client: _Client, notices: Iterable[str]) -> None:
+        self._reply(client, map(protocol.notice, notices))
 
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
+        heads = chain([f"{len(names)} online:"], repeat("…"))
         firsts = range(0, len(names), MAX_NAMES_LISTED)
-        rows = [", ".join(names[first : first + MAX_NAMES_LISTED]) for first in firsts]
-        others = [f"… {row}" for row in rows[1:]]
-        self._answer(client, f"{len(names)} online: {rows[0]}", *others)
+        rows = (", ".join(names[first : first + MAX_NAMES_LISTED]) for first in firsts)
+        self._answer(client, (f"{head} {row}" for row, head in zip(rows, heads)))
 
     def _msg(self, client: _Client, rest: str) -> None:
         name, _, text = rest.partition(" ")
@@ -611,7 +637,7 @@ class ChatServer:
 
     def _help(self, client: _Client, _: str) -> None:
         rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
-        self._answer(client, *rows, "q, alone on its line: leaves the chat")
+        self._answer(client, [*rows, "q, alone on its line: leaves the chat"])
 
     def _history(self, client: _Client, rest: str) -> None:
         assert self._database
@@ -621,23 +647,26 @@ class ChatServer:
         most = min(int(number), MAX_HISTORY_MESSAGES)
         with self._lock:
             messages = self._database.history(most)
-        self._answer(client, *(messages or ["Nothing has been said yet."]))
+        texts = map(_format_message, messages)
+        self._answer(client, texts if messages else ["Nothing has been said yet."])
 
     def _register(self, client: _Client, _: str) -> None:
         client.answer = partial(self._keep_name, client)
         question = f"Which password shall keep the name {client.name} for you?"
-        self._submit(_Entry(client, b"", protocol.question(question)))
+        self._reply(client, [protocol.question(question)])
 
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
-        kept = f"The name {client.name} is now kept for you."
-        then = partial(self._answer, client, kept)
-        self._database.keep(client.name, protocol.check_password(line), then)
+        password = protocol.check_password(line)
+        kept = protocol.notice(f"The name {client.name} is now kept for you.")
+        then = partial(self._submit, _Entry(client, b"", kept))
+        self._database.keep(client.name, password, then, lambda: client.dropped != "")
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
-        given_up = f"The name {client.name} is no longer kept."
-        self._database.give_up(client.name, partial(self._answer, client, given_up))
+        given_up = protocol.notice(f"The name {client.name} is no longer kept.")
+        then = partial(self._submit, _Entry(client, b"", given_up))
+        self._database.give_up(client.name, then)
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a client off the list, and tell the others that a member has left.
@@ -669,8 +698,6 @@ class ChatServer:
         5. Wait for the handlers, and close what is left.
         """
         deadline = time.monotonic() + SHUTDOWN_SECONDS
-        if self._database:
-            self._database.closing.set()
         notice = protocol.notice("Server is shutting down.")
         self._arrivals.unregister(self._listener)
         self._listener.close()
@@ -683,6 +710,8 @@ class ChatServer:
             self._broadcaster.give_up_at = deadline
             self._outbox.append(_Entry(None, notice))
             self._outbox.close()
+        if self._database:
+            self._database.closing.set()
         self._broadcaster.wake()
         broadcaster.join()
         try:
@@ -747,13 +776,22 @@ class _Outbox:
         """Wait until an entry may be appended; False once the outbox is closed.
 
         One that says much may fill only half of the outbox: the other half keeps the
-        way free for all that just say something.
+        way free for all that just say something.  A reply waits for its own reader too.
         """
         size = entry.size()
         limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
-        while self._entries and self._bytes + size > limit and not self.closed.is_set():
+        while not self.closed.is_set():
+            fits = not self._entries or self._bytes + size <= limit
+            reply_to = entry.client if entry.is_reply else None
+            if fits and (not reply_to or reply_to.reads_replies()):
+                return True
             self._has_room.wait()
-        return not self.closed.is_set()
+        return False
+
+    def look_again(self) -> None:
+        """Let handlers look again whether their members read their replies."""
+        with self.lock:
+            self._has_room.notify_all()
 
     def append(self, entry: _Entry, told: str = "") -> None:
         """Add an entry, unless closed; `told` is for the terminal, in the same order.
@@ -862,7 +900,7 @@ class _Broadcaster:
     def _take_in(self) -> int:
         """Move all entries of the outbox to the end of the stream; return their bytes."""
         entries = self._outbox.take()
-        for client, to_others, to_self, joins, leaves in entries:
+        for client, to_others, to_self, joins, leaves, _ in entries:
             start = self._end
             self._stream += to_others
             self._end += len(to_others)
@@ -934,6 +972,7 @@ class _Broadcaster:
 
     def _advance(self, member: _Client, sent: int) -> None:
         """Move the place of a member that has spots past what its socket took."""
+        read_replies = member.reads_replies()
         while member.spots:
             start, end, face = member.spots[0]
             size = start - member.place + len(face)
@@ -948,6 +987,8 @@ class _Broadcaster:
             member.place = end
             sent -= size
         member.place += sent
+        if not read_replies and member.reads_replies():
+            self._outbox.look_again()
 
     def _note_progress(self, member: _Client) -> None:
         """Watch the socket of a member that is behind, and only of such a member."""
@@ -999,7 +1040,10 @@ class _Broadcaster:
             self._writable.unregister(member.socket)
         how = socket.SHUT_RDWR if member.dropped else socket.SHUT_WR
         _shut(member.socket, how)
+        member.spots.clear()
+        member.spot_bytes = 0
         member.is_sent_to = False  # now the main thread may close it
+        self._outbox.look_again()
 
     def _hang_up(self) -> None:
         """Send nothing more to anybody, and let the server end."""
@@ -1284,21 +1328,19 @@ class _Change(NamedTuple):
 
     name: str
     account: _Account | None  # None: it is given up
-    then: Callable[[], None]  # called once it is written
+    then: Callable[[], object]  # called once it is written
 
 
 _Message = tuple[float, str, str]  # seconds since 1970, name, text
-_COLUMNS = {
-    "messages": "id at name text",
-    "accounts": "key name salt hash n r p since",
+_TABLES = {
+    "messages": "id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT",
+    "accounts": "key TEXT PRIMARY KEY, name TEXT, salt BLOB, hash BLOB, "
+    "n INTEGER, r INTEGER, p INTEGER, since REAL",
 }
 _SCHEMA = f"""
     BEGIN IMMEDIATE;
-    CREATE TABLE IF NOT EXISTS messages(
-        id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT);
-    CREATE TABLE IF NOT EXISTS accounts(
-        key TEXT PRIMARY KEY, name TEXT, salt BLOB, hash BLOB,
-        n INTEGER, r INTEGER, p INTEGER, since REAL);
+    CREATE TABLE IF NOT EXISTS messages({_TABLES["messages"]});
+    CREATE TABLE IF NOT EXISTS accounts({_TABLES["accounts"]});
     PRAGMA user_version = {SCHEMA_VERSION};
     COMMIT;
     PRAGMA journal_mode = WAL;
@@ -1340,6 +1382,7 @@ class Database(Recorder[_Message | _Change]):
         }
         self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
         self._failing = False
+        self._give_up_at = FOREVER  # on writing what still waits
         self.closing = threading.Event()  # wait for nothing any longer
         super().__init__()
 
@@ -1358,22 +1401,25 @@ class Database(Recorder[_Message | _Change]):
         path = Path(self._path)
         if not path.exists() or path.stat().st_size == 0:
             return
-        # Immutable: another program's file is not to be touched, not even recovered.
-        with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file:
+        # Read only: another program's file is not to be touched.
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
             (version,) = file.execute("PRAGMA user_version").fetchone()
             if version > SCHEMA_VERSION:
                 raise sqlite3.Error("a later version of this program made it")
-            for table, expected in _COLUMNS.items():
+            for table, expected in _TABLES.items():
                 columns = file.execute(f"PRAGMA table_info({table})").fetchall()
-                found = " ".join([name for _, name, *_ in columns])
-                if found != expected and (found or table == "messages"):
+                found = ", ".join([f"{name} {kind}" for _, name, kind, *_ in columns])
+                known = expected.replace(" PRIMARY KEY", "")
+                if found != known and (found or table == "messages"):
                     raise sqlite3.Error("it is a database of another program")
 
     def _take_lock(self) -> None:
         """Keep other servers from this file until this process ends."""
         try:
             self._lock_file.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
             raise sqlite3.Error("another server has it open") from None
 
     def _stat(self) -> tuple[int, int, bool]:
@@ -1383,7 +1429,8 @@ class Database(Recorder[_Message | _Change]):
     def close(self, seconds: float) -> int:
         """Write all that was said, for so long at most, and close the file."""
         self.closing.set()
-        unwritten = super().close(seconds)
+        self._give_up_at = time.monotonic() + seconds
+        unwritten = super().close(seconds + RETRY_SECONDS)
         if unwritten:
             self._tell_gap(unwritten)
         else:
@@ -1408,13 +1455,9 @@ class Database(Recorder[_Message | _Change]):
             if self.closing.wait(GATHER_SECONDS):
                 break
 
-    def history(self, most: int) -> list[str]:
-        """Return the last messages for notices.  Caller holds the server's lock."""
-        first = max(0, len(self._last) - most)
-        return [
-            f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
-            for at, name, text in islice(self._last, first, None)
-        ]
+    def history(self, most: int) -> list[_Message]:
+        """Return the last messages.  Caller holds the server's lock."""
+        return list(islice(self._last, max(0, len(self._last) - most), None))
 
     def _write(self, batch: list[_Message | _Change]) -> None:
         """Write a batch in one transaction, tried again until the end."""
@@ -1426,7 +1469,8 @@ class Database(Recorder[_Message | _Change]):
                 if not self._failing:
                     self._tell(f"Cannot write to the database for now: {error}")
                 self._failing = True
-            if self.closing.wait(RETRY_SECONDS):
+            time.sleep(RETRY_SECONDS)
+            if time.monotonic() >= self._give_up_at:
                 self._tell_gap(len(batch))
                 return
         if self._failing:
@@ -1469,13 +1513,15 @@ class Database(Recorder[_Message | _Change]):
         """Return the account that keeps a name, if there is one."""
         return self._accounts.get(protocol.name_key(name))
 
-    def keep(self, name: str, password: bytes, then: Callable[[], None]) -> None:
+    def keep(
+        self, name: str, password: bytes, then: Callable[[], object], dropped: Fact
+    ) -> None:
         """Keep a name for its owner.  then: called once that is in the file."""
         blank = _Account(secrets.token_bytes(SALT_BYTES), b"", **SCRYPT)
-        account = blank._replace(hash=self._hash(password, blank))
+        account = blank._replace(hash=self._hash(password, blank, dropped))
         self._change(_Change(name, account, then))
 
-    def give_up(self, name: str, then: Callable[[], None]) -> None:
+    def give_up(self, name: str, then: Callable[[], object]) -> None:
         """Keep a name no longer.  then: called once that is in the file."""
         if not self.account(name):
             raise ProtocolError(f"The name {name} is not kept.")
@@ -1487,18 +1533,28 @@ class Database(Recorder[_Message | _Change]):
         self._accounts[protocol.name_key(change.name)] = change.account
         self.put([change])
 
-    def is_password(self, account: _Account, password: bytes) -> bool:
-        """Compare in constant time."""
-        return secrets.compare_digest(account.hash, self._hash(password, account))
+    def is_password(self, account: _Account, password: bytes, dropped: Fact) -> bool:
+        """Compare in constant time.  dropped: tells whether nobody waits for it."""
+        computed = self._hash(password, account, dropped)
+        return secrets.compare_digest(account.hash, computed)
 
-    def _hash(self, password: bytes, account: _Account) -> bytes:
-        """Return a scrypt hash.  Raises ProtocolError at the end of the server."""
-        with self._hashing:
-            if self.closing.is_set():
-                raise ProtocolError("The server is shutting down.")
+    def _hash(self, password: bytes, account: _Account, dropped: Fact) -> bytes:
+        """Return a scrypt hash.  Raises ProtocolError if dropped, or at the end."""
+        while not self._hashing.acquire(timeout=RETRY_SECONDS / 2):
+            if self.closing.is_set() or dropped():
+                raise ProtocolError("There was no time for the password.")
+        try:
             return hashlib.scrypt(
                 password, salt=account.salt, n=account.n, r=account.r, p=account.p
             )
+        finally:
+            self._hashing.release()
+
+
+def _format_message(message: _Message) -> str:
+    """Return a message of the past as a notice shows it."""
+    at, name, text = message
+    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
 
 
 # --- the program --------------------------------------------------------------------
@@ -1625,7 +1681,7 @@ def main() -> int:
     finally:
         signal.set_wakeup_fd(-1)
         if database:
-            database.close(LAST_LINES_SECONDS)
+            database.close(LAST_MESSAGES_SECONDS)
         terminal.close(LAST_LINES_SECONDS)
     return 1 if bugs else 0
 
