@@ -85,7 +85,7 @@ MAX_OUTBOX_BYTES = 256 * 1024
 # this much once, not each.
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 # What only one member sees is not shared: so much for all of them.
-MAX_OWN_BYTES = 32 * 1024 * 1024
+MAX_OWN_BYTES = 16 * 1024 * 1024
 # A reply goes out in pieces of this size, the next one once the last one is being read.
 REPLY_BYTES = 16 * 1024
 # An entry takes so much memory besides its bytes, and so does a spot.
