@@ -51,6 +51,7 @@ class Screen:
         self._unread = ""  # the beginning of an escape sequence
         self.takes_pastes = False  # between brackets
         self.bells = 0
+        self.cleared = 0  # how often
         self.scrolled_off: list[str] = []  # rows that have left the screen at the top
 
     @property
@@ -73,11 +74,6 @@ class Screen:
     def cursor(self) -> tuple[int, int]:
         """Row and column of the cursor."""
         return self._row, min(self._column, self._columns - 1)
-
-    @property
-    def cursor_in_everything(self) -> tuple[int, int]:
-        """Row and column of the cursor, the rows that scrolled off counted as well."""
-        return len(self.scrolled_off) + self.cursor[0], self.cursor[1]
 
     def styles(self, text: str) -> set[str]:
         """Return the styles in which the first occurrence of this text is shown."""
@@ -199,6 +195,7 @@ class Screen:
                 del self._rows[self._row].cells[self._column :]
                 self._rows[self._row].wrapped = False
             case "J", "2":
+                self.cleared += 1
                 self._rows = [_Row() for _ in self._rows]
             case "H", "":
                 self._row = self._column = 0
