@@ -28,13 +28,9 @@ class _Cell(NamedTuple):
     style: str  # the numbers of the last ESC [ ... m
 
 
-class _Row:
-    def __init__(self) -> None:
-        self.cells: list[_Cell] = []
-        self.wrapped = False  # the next row goes on with the same line
-
-    def __str__(self) -> str:
-        return "".join([cell.text for cell in self.cells]).rstrip(" ")
+def _text(row: list[_Cell]) -> str:
+    """Return a row without the spaces at its end, as nobody sees them."""
+    return "".join([cell.text for cell in row]).rstrip(" ")
 
 
 class Screen:
@@ -44,7 +40,7 @@ class Screen:
 
     def __init__(self, columns: int, rows: int) -> None:
         self._columns, self._height = columns, rows
-        self._rows = [_Row()]
+        self._rows: list[list[_Cell]] = [[]]
         self._row = 0
         self._column = 0  # the number of columns: the next character wraps
         self._style = ""
@@ -56,11 +52,8 @@ class Screen:
 
     @property
     def rows(self) -> list[str]:
-        """The rows down to the last one with text or the cursor in it.
-
-        Spaces at their ends are left out, as nobody sees them.
-        """
-        rows = [str(row) for row in self._rows]
+        """The rows down to the last one with text or the cursor in it."""
+        rows = [_text(row) for row in self._rows]
         while len(rows) > self._row + 1 and not rows[-1]:
             rows.pop()
         return rows
@@ -77,8 +70,8 @@ class Screen:
 
     def styles(self, text: str) -> set[str]:
         """Return the styles in which the first occurrence of this text is shown."""
-        row = next(row for row in self._rows if text in str(row))
-        cells = [cell for cell in row.cells if cell.text]
+        row = next(row for row in self._rows if text in _text(row))
+        cells = [cell for cell in row if cell.text]
         start = "".join([cell.text for cell in cells]).index(text)
         return {cell.style for cell in cells[start : start + len(text)]}
 
@@ -96,41 +89,7 @@ class Screen:
         self._unread = self._unread[place:]
         assert len(self._unread) < 16, f"not understood: {self._unread!r}"
 
-    def resize(self, columns: int, rows: int) -> None:
-        """Fold all lines anew; the cursor stays on its character.
-
-        Most terminals do that.
-        """
-        lines: list[list[_Cell]] = [[]]
-        cursor = (0, 0)  # the number of the line, and the place in it
-        for number, row in enumerate(self._rows):
-            if number == self._row:
-                lines[-1] += row.cells[: self._column]
-                cursor = (len(lines) - 1, len(lines[-1]))
-                lines[-1] += row.cells[self._column :]
-            else:
-                lines[-1] += row.cells
-            if not row.wrapped:
-                lines.append([])
-        while len(lines) > cursor[0] + 1 and not lines[-1]:
-            lines.pop()
-        self._columns, self._height = columns, rows
-        self._rows, self._row, self._column = [_Row()], 0, 0
-        place = (0, 0)  # of the cursor: the row, those scrolled off counted, and column
-        for number, line in enumerate(lines):
-            if number:
-                self._column = 0
-                self._line_feed()
-            for index, cell in enumerate(line):
-                if cell.text:
-                    self._put(cell.text, cell.style)
-                if (number, index + 1) == cursor:
-                    place = (len(self.scrolled_off) + self._row, self._column)
-            if (number, 0) == cursor:
-                place = (len(self.scrolled_off) + self._row, 0)
-        self._row, self._column = place[0] - len(self.scrolled_off), place[1]
-
-    def _put(self, char: str, style: str | None = None) -> None:
+    def _put(self, char: str) -> None:
         if char == "\r":
             self._column = 0
         elif char == "\n":
@@ -138,27 +97,25 @@ class Screen:
         elif char == "\a":
             self.bells += 1
         else:
-            category = unicodedata.category(char[0])
+            category = unicodedata.category(char)
             assert category != "Cc", f"control character {char!r}"
             if category in ("Mn", "Me", "Cf"):
                 self._combine(char)
             else:
-                wide = unicodedata.east_asian_width(char[0]) in "WF"
-                self._print(char, 1 + wide, self._style if style is None else style)
+                self._print(char, 1 + (unicodedata.east_asian_width(char) in "WF"))
 
-    def _print(self, char: str, width: int, style: str) -> None:
+    def _print(self, char: str, width: int) -> None:
         if self._column + width > self._columns:
-            self._rows[self._row].wrapped = True
             self._column = 0
             self._line_feed()
-        cells = self._rows[self._row].cells
+        cells = self._rows[self._row]
         cells += [_Cell(" ", "")] * (self._column - len(cells))
-        new = [_Cell(char, style), _Cell("", style)][:width]
+        new = [_Cell(char, self._style), _Cell("", self._style)][:width]
         cells[self._column : self._column + width] = new
         self._column += width
 
     def _combine(self, mark: str) -> None:
-        cells = self._rows[self._row].cells
+        cells = self._rows[self._row]
         place = self._column - 1
         while not cells[place].text:  # the second half of a wide character
             place -= 1
@@ -167,9 +124,9 @@ class Screen:
     def _line_feed(self) -> None:
         self._row += 1
         if self._row == len(self._rows):
-            self._rows.append(_Row())
+            self._rows.append([])
         if self._row == self._height:
-            self.scrolled_off.append(str(self._rows.pop(0)))
+            self.scrolled_off.append(_text(self._rows.pop(0)))
             self._row -= 1
 
     def _obey(self, command: str, numbers: str) -> None:
@@ -187,16 +144,13 @@ class Screen:
                 self._column = min(self._column, self._columns - 1)
             case "C", _:
                 self._column = min(self._column + int(numbers), self._columns - 1)
-            case "J", "":
-                del self._rows[self._row + 1 :]
-                del self._rows[self._row].cells[self._column :]
-                self._rows[self._row].wrapped = False
-            case "K", "":
-                del self._rows[self._row].cells[self._column :]
-                self._rows[self._row].wrapped = False
+            case (("J" | "K"), ""):
+                if command == "J":
+                    del self._rows[self._row + 1 :]
+                del self._rows[self._row][self._column :]
             case "J", "2":
                 self.cleared += 1
-                self._rows = [_Row() for _ in self._rows]
+                self._rows = [[] for _ in self._rows]
             case "H", "":
                 self._row = self._column = 0
             case _:
@@ -271,13 +225,6 @@ class Terminal:
                 self._read()
             if ready[1]:
                 data = data[os.write(self._master, data) :]
-
-    def resize(self, columns: int, rows: int) -> None:
-        """Change the size of the window, and wait for the program to take note."""
-        written = len(self.output)
-        self.screen.resize(columns, rows)
-        termios.tcsetwinsize(self._master, (rows, columns))
-        self.wait_until(lambda: len(self.output) > written)
 
     def resume(self) -> None:
         """Say fg to the shell."""

@@ -957,26 +957,6 @@ def test_line_can_be_changed_in_the_middle_of_its_rows(small_chat: Chat) -> None
     assert alex.shows(["You: abghijklmnopqrs", "tuvwxyz", "You:"])
 
 
-def test_change_of_the_windows_size_keeps_what_was_typed(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(room.address, columns=60)
-    bob = meet(room, alex)
-    alex.type(f"{A_Z}{LEFT_KEY * 3}")
-    assert alex.shows([f"You: {A_Z}"], cursor=(0, 28))
-
-    alex.resize(20, 10)
-    assert alex.shows([FIRST_ROW, "pqrstuvwxyz"], cursor=(1, 8))
-    bob.say("hi")
-    assert alex.shows(["Bob: hi", FIRST_ROW, "pqrstuvwxyz"], cursor=(2, 8))
-    alex.resize(80, 24)
-    assert alex.shows(["Bob: hi", f"You: {A_Z}"], cursor=(1, 28))
-    alex.type(f"-{ENTER}")
-
-    assert bob.line() == "Alex: abcdefghijklmnopqrstuvw-xyz"
-    assert alex.shows(["Bob: hi", "You: abcdefghijklmnopqrstuvw-xyz", "You:"])
-
-
 # --- editing ------------------------------------------------------------------------
 
 WORD_LEFT, WORD_RIGHT = "\x1bb", "\x1bf"
