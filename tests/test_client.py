@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,60 +55,6 @@ def paste(*lines: str) -> str:
 
 # --- who takes part -----------------------------------------------------------------
 
-
-class Caller(Peer):
-    """A client that has called the test's own server."""
-
-    def __init__(self, accepted: socket.socket) -> None:
-        accepted.settimeout(HANG_SECONDS)
-        self.name = ""
-        self.socket = accepted
-        self._lines: deque[bytes] = deque()
-        self._tail = b""
-
-
-class Puppet:
-    """A server that does what the test says, and nothing else."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        # Accepted sockets inherit it: little is on its way unread.
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
-        self._listener.settimeout(HANG_SECONDS)
-        self._callers: list[Caller] = []
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def accept(self) -> Caller:
-        """Take the next connection."""
-        self._callers.append(Caller(self._listener.accept()[0]))
-        return self._callers[-1]
-
-    def hear(self, name: str = "Alex") -> Caller:
-        """Take the next connection, which gives this name."""
-        caller = self.accept()
-        assert caller.line() == name
-        return caller
-
-    def welcome(self, name: str = "Alex") -> Caller:
-        """Take the next connection, and the name it gives."""
-        caller = self.hear(name)
-        caller.say(f"* Welcome, {name}!")
-        return caller
-
-    def close(self) -> None:
-        """Take no more connections, and end those there are; again does nothing."""
-        self._listener.close()
-        for caller in self._callers:
-            caller.close()
-
-
-@pytest.fixture
-def puppet(no_leaks: None) -> Iterator[Puppet]:
-    """A server that does what the test says."""
-    with closing(Puppet()) as server:
-        yield server
-
-
 PROGRAM = [str(PROJECT / "client.py")]
 
 
@@ -132,9 +79,6 @@ def environment(**variables: str) -> dict[str, str]:
     """Return the environment of a person who has not set anything special."""
     inherited = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
     return {**inherited, "TERM": "xterm-256color", "PYTHONUTF8": "1", **variables}
-
-
-# --- the client in pipes ------------------------------------------------------------
 
 
 def run(
@@ -224,6 +168,177 @@ def start_piped(no_leaks: None) -> Iterator[StartPiped]:
         yield start
 
 
+StartTerminal = Callable[..., Terminal]
+Chat = tuple[Terminal, Peer]
+
+
+@pytest.fixture
+def start_terminal(no_leaks: None) -> Iterator[StartTerminal]:
+    """Start clients on terminals; on leaving they are killed.
+
+    Whatever happens to them, nothing may appear on their stderr.
+    """
+    terminals: list[Terminal] = []
+
+    def start(
+        address: str,
+        program: list[str] = PROGRAM,
+        *,
+        at: str = "menu",
+        shell: str = "",
+        columns: int = 80,
+        rows: int = 24,
+        **variables: str,
+    ) -> Terminal:
+        wrapper = ["sh", "-c", shell, "sh"] if shell else []
+        alex = Terminal(
+            [*wrapper, *command(address, program)],
+            environment(**variables),
+            columns=columns,
+            rows=rows,
+        )
+        terminals.append(alex)
+        go_to(at, alex)
+        return alex
+
+    yield start
+    for terminal in terminals:
+        terminal.close()
+    assert [terminal.errors for terminal in terminals] == [""] * len(terminals)
+
+
+def go_to(place: str, alex: Terminal) -> None:
+    """Go from the start to the menu, to the name, or into the chat; or stay there."""
+    if place != "start":
+        alex.wait_for("Enter your choice:")
+    if place in ("name", "chat"):
+        alex.type(f"1{ENTER}")
+        alex.wait_for("Enter your username:")
+    if place == "chat":
+        alex.type(f"Alex{ENTER}")
+        wait_for_prompt(alex)
+
+
+def wait_for_prompt(alex: Terminal, prompt: str = "You:") -> None:
+    """Wait until nothing but this is on the last row."""
+    alex.wait_until(lambda: alex.screen.rows[-1] == prompt)
+
+
+def clear(alex: Terminal) -> None:
+    """Clear the screen, and forget what has left it, but for the prompt."""
+    cleared = alex.screen.cleared
+    alex.type(CTRL_L)
+    alex.wait_until(lambda: alex.screen.cleared > cleared)
+    assert alex.shows(["You:"], cursor=(0, 5))
+    alex.screen.scrolled_off.clear()
+
+
+def meet(room: Room, alex: Terminal) -> Peer:
+    """Let Alex, who is at the menu, join; and Bob before him, who is returned."""
+    bob = room.member("Bob")
+    go_to("chat", alex)
+    assert bob.line() == HAS_JOINED
+    clear(alex)
+    return bob
+
+
+@pytest.fixture
+def chat(room: Room, start_terminal: StartTerminal) -> Chat:
+    """Alex on a terminal with a clear screen, and Bob without one."""
+    alex = start_terminal(room.address)
+    return alex, meet(room, alex)
+
+
+@pytest.fixture(scope="module")
+def one_chat() -> Iterator[Chat]:
+    """One chat, in a small window, for many tests that leave nothing behind."""
+    room = Room(lines_per_second=0)
+    alex = Terminal(command(room.address), environment(), columns=20, rows=10)
+    bob = meet(room, alex)
+    yield alex, bob
+    alex.close()
+    room.close_peers()
+    room.stop()
+    assert alex.errors == ""
+
+
+@pytest.fixture
+def small_chat(one_chat: Chat) -> Chat:
+    """Alex in a window of 20 columns and 10 rows, which is clear, and Bob."""
+    clear(one_chat[0])
+    return one_chat
+
+
+class Caller(Peer):
+    """A client that has called the test's own server."""
+
+    def __init__(self, accepted: socket.socket) -> None:
+        accepted.settimeout(HANG_SECONDS)
+        self.name = ""
+        self.socket = accepted
+        self._lines: deque[bytes] = deque()
+        self._tail = b""
+
+    def give_up(self) -> None:
+        """End the connection as the server does when nobody joins."""
+        self.say("! You have not joined within 120 seconds.")
+        self.close()
+
+
+class Puppet:
+    """A server that does what the test says, and nothing else."""
+
+    def __init__(self, start_piped: StartPiped, start_terminal: StartTerminal) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        # Accepted sockets inherit it: little is on its way unread.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+        self._listener.settimeout(HANG_SECONDS)
+        self._callers: list[Caller] = []
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.piped = partial(start_piped, self.address)
+        self.terminal = partial(start_terminal, self.address)
+
+    def accept(self) -> Caller:
+        """Take the next connection."""
+        self._callers.append(Caller(self._listener.accept()[0]))
+        return self._callers[-1]
+
+    def hear(self, name: str = "Alex") -> Caller:
+        """Take the next connection, which gives this name."""
+        caller = self.accept()
+        assert caller.line() == name
+        return caller
+
+    def welcome(self, name: str = "Alex") -> Caller:
+        """Take the next connection, and the name it gives."""
+        caller = self.hear(name)
+        caller.say(f"* Welcome, {name}!")
+        return caller
+
+    def join(self, alex: Terminal) -> Caller:
+        """Take in Alex, who is at the menu."""
+        alex.type(f"1{ENTER}Alex{ENTER}")
+        caller = self.welcome()
+        wait_for_prompt(alex)
+        return caller
+
+    def close(self) -> None:
+        """Take no more connections, and end those there are; again does nothing."""
+        self._listener.close()
+        for caller in self._callers:
+            caller.close()
+
+
+@pytest.fixture
+def puppet(start_piped: StartPiped, start_terminal: StartTerminal) -> Iterator[Puppet]:
+    """A server that does what the test says, and clients that call it."""
+    with closing(Puppet(start_piped, start_terminal)) as server:
+        yield server
+
+
+# --- the client in pipes ------------------------------------------------------------
+
+
 def test_piped_session_reads_like_one_at_a_terminal(room: Room) -> None:
     bob = room.member("Bob")
 
@@ -264,10 +379,8 @@ def test_pipe_that_leaves_before_the_chat_has_failed_if_it_was_to_join(
     assert run_client(room.address, typed) == (status, [*START, *answers, *goodbye])
 
 
-def test_pipe_that_ends_before_the_server_has_answered_leaves(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address, impatient(0.03))
+def test_pipe_that_ends_before_the_server_has_answered_leaves(puppet: Puppet) -> None:
+    piped = puppet.piped(impatient(0.03))
 
     piped.write("1\nAlex\n")
     piped.end_input()
@@ -292,12 +405,11 @@ def test_another_choice_gets_one_line_and_the_menu_again(room: Room) -> None:
 @pytest.mark.parametrize("full", [False, True], ids=["gone", "full"])
 def test_leaving_from_the_menu_has_status_0_when_the_server_is_gone_or_full(
     puppet: Puppet,
-    start_piped: StartPiped,
     choice: str,
     goodbye: list[str],
     full: bool,
 ) -> None:
-    piped = start_piped(puppet.address)
+    piped = puppet.piped()
     assert piped.output.lines(len(START)) == START
     if full:
         puppet.accept().say(FULL)
@@ -373,11 +485,9 @@ def test_all_that_was_piped_reaches_a_server_that_reads_slowly(
     assert heard == [*said, "q"]  # the end of its input leaves as q does
 
 
-def test_piped_client_stays_until_the_server_has_had_its_say(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
+def test_piped_client_stays_until_the_server_has_had_its_say(puppet: Puppet) -> None:
     """Closing earlier could reset the connection, and cost the server lines unread."""
-    piped = start_piped(puppet.address, impatient(0))
+    piped = puppet.piped(impatient(0))
     piped.write("1\nAlex\nHello everyone!\nq\n")
     caller = puppet.welcome()
     piped.output.until("Leaving the chat...")
@@ -490,32 +600,14 @@ def test_client_connects_again_after_the_last_refused_name(
     assert output[-len(end) :] == end
 
 
-def end_quietly(caller: Caller) -> None:
-    """End a connection with a FIN."""
-    caller.close()
-
-
-def end_with_a_reset(caller: Caller) -> None:
-    """End a connection with a RST."""
-    caller.reset()
-
-
-def end_with_a_reason(caller: Caller) -> None:
-    """End a connection as the server does when nobody joins."""
-    caller.say("! You have not joined within 120 seconds.")
-    caller.close()
-
-
-ENDINGS = pytest.mark.parametrize(
-    "end", [end_quietly, end_with_a_reset, end_with_a_reason]
-)
+ENDINGS = pytest.mark.parametrize("end", [Caller.close, Caller.reset, Caller.give_up])
 
 
 @ENDINGS
 def test_server_that_cannot_be_reached_again_ends_a_piped_client(
-    puppet: Puppet, start_piped: StartPiped, end: Callable[[Caller], None]
+    puppet: Puppet, end: Callable[[Caller], None]
 ) -> None:
-    piped = start_piped(puppet.address)
+    piped = puppet.piped()
     piped.output.lines(len(START))
     end(puppet.accept())
     puppet.close()
@@ -529,9 +621,9 @@ def test_server_that_cannot_be_reached_again_ends_a_piped_client(
 
 
 @pytest.fixture
-def joined(puppet: Puppet, start_piped: StartPiped) -> tuple[Caller, PipedClient]:
+def joined(puppet: Puppet) -> tuple[Caller, PipedClient]:
     """A client in pipes that has joined, and the server's end of its connection."""
-    piped = start_piped(puppet.address)
+    piped = puppet.piped()
     piped.write("1\nAlex\n")
     caller = puppet.welcome()
     piped.output.until("* Welcome")
@@ -579,9 +671,9 @@ def test_line_from_the_server_is_cut_at_32_kibibytes(
 
 
 def test_lines_in_pieces_are_shown_whole_and_an_endless_one_as_soon_as_it_is_cut(
-    puppet: Puppet, start_piped: StartPiped
+    puppet: Puppet,
 ) -> None:
-    piped = start_piped(puppet.address)
+    piped = puppet.piped()
     piped.write("1\nAlex\n")
     caller = puppet.hear()
 
@@ -693,117 +785,6 @@ def test_old_python_is_one_line_that_says_what_is_needed() -> None:
 
     assert (status, len(errors)) == (1, 1)
     assert "3.11" in errors[0]
-
-
-# --- the client on a terminal -------------------------------------------------------
-
-StartTerminal = Callable[..., Terminal]
-Chat = tuple[Terminal, Peer]
-
-
-@pytest.fixture
-def start_terminal(no_leaks: None) -> Iterator[StartTerminal]:
-    """Start clients on terminals; on leaving they are killed.
-
-    Whatever happens to them, nothing may appear on their stderr.
-    """
-    terminals: list[Terminal] = []
-
-    def start(
-        address: str,
-        program: list[str] = PROGRAM,
-        *,
-        at: str = "menu",
-        shell: str = "",
-        columns: int = 80,
-        rows: int = 24,
-        **variables: str,
-    ) -> Terminal:
-        wrapper = ["sh", "-c", shell, "sh"] if shell else []
-        alex = Terminal(
-            [*wrapper, *command(address, program)],
-            environment(**variables),
-            columns=columns,
-            rows=rows,
-        )
-        terminals.append(alex)
-        go_to(at, alex)
-        return alex
-
-    yield start
-    for terminal in terminals:
-        terminal.close()
-    assert [terminal.errors for terminal in terminals] == [""] * len(terminals)
-
-
-def go_to(place: str, alex: Terminal) -> None:
-    """Go from the start to the menu, to the name, or into the chat; or stay there."""
-    if place != "start":
-        alex.wait_for("Enter your choice:")
-    if place in ("name", "chat"):
-        alex.type(f"1{ENTER}")
-        alex.wait_for("Enter your username:")
-    if place == "chat":
-        alex.type(f"Alex{ENTER}")
-        wait_for_prompt(alex)
-
-
-def wait_for_prompt(alex: Terminal, prompt: str = "You:") -> None:
-    """Wait until nothing but this is on the last row."""
-    alex.wait_until(lambda: alex.screen.rows[-1] == prompt)
-
-
-def join(puppet: Puppet, alex: Terminal) -> Caller:
-    """Let Alex, who is at the menu, join; return the server's end of the connection."""
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    caller = puppet.welcome()
-    wait_for_prompt(alex)
-    return caller
-
-
-def clear(alex: Terminal) -> None:
-    """Clear the screen, and forget what has left it, but for the prompt."""
-    cleared = alex.screen.cleared
-    alex.type(CTRL_L)
-    alex.wait_until(lambda: alex.screen.cleared > cleared)
-    assert alex.shows(["You:"], cursor=(0, 5))
-    alex.screen.scrolled_off.clear()
-
-
-def meet(room: Room, alex: Terminal) -> Peer:
-    """Let Alex, who is at the menu, join; and Bob before him, who is returned."""
-    bob = room.member("Bob")
-    go_to("chat", alex)
-    assert bob.line() == HAS_JOINED
-    clear(alex)
-    return bob
-
-
-@pytest.fixture
-def chat(room: Room, start_terminal: StartTerminal) -> Chat:
-    """Alex on a terminal with a clear screen, and Bob without one."""
-    alex = start_terminal(room.address)
-    return alex, meet(room, alex)
-
-
-@pytest.fixture(scope="module")
-def one_chat() -> Iterator[Chat]:
-    """One chat, in a small window, for many tests that leave nothing behind."""
-    room = Room(lines_per_second=0)
-    alex = Terminal(command(room.address), environment(), columns=20, rows=10)
-    bob = meet(room, alex)
-    yield alex, bob
-    alex.close()
-    room.close_peers()
-    room.stop()
-    assert alex.errors == ""
-
-
-@pytest.fixture
-def small_chat(one_chat: Chat) -> Chat:
-    """Alex in a window of 20 columns and 10 rows, which is clear, and Bob."""
-    clear(one_chat[0])
-    return one_chat
 
 
 def test_session_at_a_terminal(room: Room, start_terminal: StartTerminal) -> None:
@@ -991,6 +972,7 @@ WORD_LEFT, WORD_RIGHT = "\x1bb", "\x1bf"
         (f"say cafe\u0301s{WORD_LEFT}x", "say xcafe\u0301s"),
         (f"cafe\u0301s x{CTRL_A}{WORD_RIGHT}-", "cafe\u0301s- x"),
         (f"cafe\u0301s{ESCAPE}{BACKSPACE}x", "x"),
+        (f"ab{LEFT_KEY}{CTRL_L}c", "acb"),
         ("a\tb", "a    b"),
         # Keys of no meaning.
         ("a\x1b[15~b\x1b[201~c\x1bOPd\x00\x07\x1de", "abcde"),
@@ -1008,31 +990,6 @@ def test_editing_keys(one_chat: Chat, keys: str | bytes, text: str | None) -> No
     alex.type(ENTER)
 
     assert bob.line() == f"Alex: {keys if text is None else text}"
-
-
-def test_key_that_comes_in_pieces_is_one_key(small_chat: Chat) -> None:
-    alex, bob = small_chat
-    alex.type("日b\x1b")
-    alex.wait_for("You: 日b")
-
-    alex.type("[")
-    alex.type("1;5")
-    alex.type(f"Dx{ENTER}")
-
-    assert bob.line() == "Alex: x日b"
-
-
-def test_ctrl_l_clears_the_screen_and_keeps_the_line(small_chat: Chat) -> None:
-    alex, bob = small_chat
-    bob.say("hi")
-    alex.type(f"hello{LEFT_KEY * 2}")
-    assert alex.shows(["Bob: hi", "You: hello"], cursor=(1, 8))
-
-    alex.type(CTRL_L)
-
-    assert alex.shows(["You: hello"], cursor=(0, 8))
-    alex.type(ENTER)
-    assert bob.line() == "Alex: hello"
 
 
 def test_up_and_down_go_through_the_messages_but_no_menu_answers_and_names(
@@ -1060,10 +1017,8 @@ def test_up_and_down_go_through_the_messages_but_no_menu_answers_and_names(
     assert bob.line() == "Alex: half a line"
 
 
-def test_tab_completes_the_names_that_were_seen(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address, at="name")
+def test_tab_completes_the_names_that_were_seen(puppet: Puppet) -> None:
+    alex = puppet.terminal(at="name")
     alex.type(f"Alex{ENTER}")
     caller = puppet.hear()
     caller.say(f"{WELCOME}Bob, Eve.")
@@ -1159,11 +1114,11 @@ def test_huge_pasted_line_takes_little_at_each_key_and_waiting_takes_nothing(
 
 
 def test_names_have_colours_notices_are_dim_refusals_red_and_the_own_name_bold(
-    puppet: Puppet, start_terminal: StartTerminal
+    puppet: Puppet,
 ) -> None:
     """And what others write brings no style of its own."""
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
+    alex = puppet.terminal()
+    caller = puppet.join(alex)
 
     caller.send(
         "Bob: hi\nBob: Bob: is my name\n* Bob has left the chat.\n! No such name.\n"
@@ -1187,11 +1142,9 @@ def test_names_have_colours_notices_are_dim_refusals_red_and_the_own_name_bold(
     assert alex.screen.bells == 0
 
 
-def test_no_color_means_no_colours_and_the_rest_stays(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address, NO_COLOR="1")
-    caller = join(puppet, alex)
+def test_no_color_means_no_colours_and_the_rest_stays(puppet: Puppet) -> None:
+    alex = puppet.terminal(NO_COLOR="1")
+    caller = puppet.join(alex)
     clear(alex)
     alex.type(f"hello{LEFT_KEY * 2}")
 
@@ -1201,11 +1154,9 @@ def test_no_color_means_no_colours_and_the_rest_stays(
     assert not re.search(r"\x1b\[[0-9;]*m", alex.output)
 
 
-def test_bell_rings_for_private_messages_and_for_the_own_name(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address, [*PROGRAM, "--bell"])
-    caller = join(puppet, alex)
+def test_bell_rings_for_private_messages_and_for_the_own_name(puppet: Puppet) -> None:
+    alex = puppet.terminal([*PROGRAM, "--bell"])
+    caller = puppet.join(alex)
 
     for line, bells in {
         "Bob (private): psst": 1,
@@ -1219,11 +1170,9 @@ def test_bell_rings_for_private_messages_and_for_the_own_name(
         assert alex.screen.bells == bells
 
 
-def test_times_stand_before_what_comes_from_the_server(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
+def test_times_stand_before_what_comes_from_the_server(puppet: Puppet) -> None:
     """And in a pipe no bell rings."""
-    piped = start_piped(puppet.address, [*PROGRAM, "--times", "--bell"])
+    piped = puppet.piped([*PROGRAM, "--times", "--bell"])
     piped.write("1\nAlex\n")
     caller = puppet.welcome()
     caller.say("Bob (private): psst")
@@ -1358,7 +1307,6 @@ client.socket.create_connection = connect_small
 )
 def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
     puppet: Puppet,
-    start_terminal: StartTerminal,
     moment: str,
     keys: str,
     status: int,
@@ -1366,12 +1314,12 @@ def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
 ) -> None:
     """Here for a tenth of the usual time, so that 3 s is late enough on any machine."""
     assert client.LEAVE_SECONDS <= 3.0
-    alex = start_terminal(puppet.address, changed(SMALL_SEND_BUFFER), TERM=kind)
+    alex = puppet.terminal(changed(SMALL_SEND_BUFFER), TERM=kind)
     if moment == "before joining":
         alex.type(f"1{ENTER}Alex{ENTER}")
         puppet.hear()
     else:
-        join(puppet, alex)
+        puppet.join(alex)
     if moment == "in a paste":
         alex.type(paste(*["x" * 1000] * 200, ""))
         alex.wait_for("Send 200 lines?")
@@ -1408,55 +1356,34 @@ def test_terminal_is_left_sane_by_a_client_that_is_terminated(
     assert bob.line() == HAS_LEFT
 
 
-def leave_with_q(alex: Terminal) -> None:
-    alex.type(f"q{ENTER}")
-
-
-def leave_with_ctrl_c(alex: Terminal) -> None:
-    alex.type(CTRL_C)
-
-
-def leave_with_ctrl_c_twice(alex: Terminal) -> None:
-    os.kill(alex.pid(), signal.SIGINT)
-    alex.wait_for("Leaving the chat...")
-    os.kill(alex.pid(), signal.SIGINT)
-
-
-def leave_with_sigterm(alex: Terminal) -> None:
-    os.kill(alex.pid(), signal.SIGTERM)
-
-
 @pytest.mark.parametrize(
-    ("leave", "status", "patience", "kind"),
+    ("keys", "status", "patience", "kind"),
     [
-        (leave_with_q, 0, 0.1, "xterm"),
-        (leave_with_q, 0, 0.1, "dumb"),
-        (leave_with_ctrl_c, 130, 0.1, "dumb"),
-        (leave_with_ctrl_c_twice, 130, HANG_SECONDS, "xterm"),
-        (leave_with_ctrl_c_twice, 130, HANG_SECONDS, "dumb"),
-        (leave_with_sigterm, 143, 0.1, "xterm"),
+        ([f"q{ENTER}"], 0, 0.1, "xterm"),
+        ([f"q{ENTER}"], 0, 0.1, "dumb"),
+        ([CTRL_C], 130, 0.1, "dumb"),
+        ([CTRL_C, CTRL_C], 130, HANG_SECONDS, "xterm"),
+        ([CTRL_C, CTRL_C], 130, HANG_SECONDS, "dumb"),
     ],
+    ids=repr,
 )
 def test_what_is_typed_ahead_is_not_left_for_the_shell(
-    puppet: Puppet,
-    start_terminal: StartTerminal,
-    leave: Callable[[Terminal], None],
-    status: int,
-    patience: float,
-    kind: str,
+    puppet: Puppet, keys: list[str], status: int, patience: float, kind: str
 ) -> None:
     """The last check is that of end(): nothing is left to be read.
 
     A second Ctrl-C ends a leaving that takes too long.
     """
-    alex = start_terminal(puppet.address, impatient(patience), TERM=kind)
-    join(puppet, alex)
+    alex = puppet.terminal(impatient(patience), TERM=kind)
+    puppet.join(alex)
 
-    leave(alex)
-    alex.type(f"rm -rf everything{ENTER}and{ENTER}half a line")
+    for key in keys[:-1]:
+        alex.type(key)
+        alex.wait_for("Leaving the chat...")
+    alex.type(f"{keys[-1]}rm -rf everything{ENTER}and{ENTER}half a line")
 
     assert alex.end() == status
-    assert alex.output.count("Leaving the chat...") == (leave != leave_with_sigterm)
+    assert alex.output.count("Leaving the chat...") == 1
 
 
 # --- servers that are full, and servers that are gone -------------------------------
@@ -1476,10 +1403,8 @@ def test_full_server_says_so_once_1_was_chosen_and_what_is_typed_ahead_is_forgot
     assert alex.screen.rows == [*START, "Enter your choice: 1", FULL, ""]
 
 
-def test_server_that_has_become_full_ends_the_client(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address, at="name")
+def test_server_that_has_become_full_ends_the_client(puppet: Puppet) -> None:
+    alex = puppet.terminal(at="name")
     puppet.accept().close()
 
     alex.type(f"Alex{ENTER}")
@@ -1494,9 +1419,9 @@ def test_server_that_has_become_full_ends_the_client(
 
 @ENDINGS
 def test_connection_that_ended_at_the_menu_or_at_the_name_is_made_again(
-    puppet: Puppet, start_terminal: StartTerminal, end: Callable[[Caller], None]
+    puppet: Puppet, end: Callable[[Caller], None]
 ) -> None:
-    alex = start_terminal(puppet.address)
+    alex = puppet.terminal()
     end(puppet.accept())
     go_to("name", alex)
     end(puppet.accept())
@@ -1516,11 +1441,10 @@ def test_connection_that_ended_at_the_menu_or_at_the_name_is_made_again(
 @pytest.mark.parametrize("place", ["menu", "name"])
 def test_server_that_cannot_be_reached_again_leads_to_the_menu(
     puppet: Puppet,
-    start_terminal: StartTerminal,
     place: str,
     end: Callable[[Caller], None],
 ) -> None:
-    alex = start_terminal(puppet.address, at=place)
+    alex = puppet.terminal(at=place)
     end(puppet.accept())
     puppet.close()
 
@@ -1533,9 +1457,9 @@ def test_server_that_cannot_be_reached_again_leads_to_the_menu(
 
 
 def test_leaving_at_the_name_has_status_0_when_the_server_is_gone(
-    puppet: Puppet, start_terminal: StartTerminal
+    puppet: Puppet,
 ) -> None:
-    alex = start_terminal(puppet.address, at="name")
+    alex = puppet.terminal(at="name")
     puppet.accept().reset()
     puppet.close()
 
@@ -1571,11 +1495,9 @@ def test_killed_server_is_told_within_a_second_and_the_shell_gets_nothing(
     assert alex.screen.rows[-4:] == [*EXITED, "ended 1", ""]
 
 
-def test_rest_of_the_sentence_is_no_answer_to_the_menu(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address, TERM="dumb")
-    caller = join(puppet, alex)
+def test_rest_of_the_sentence_is_no_answer_to_the_menu(puppet: Puppet) -> None:
+    alex = puppet.terminal(TERM="dumb")
+    caller = puppet.join(alex)
     alex.type("2")
     alex.wait_for("You: 2")
 
@@ -1589,11 +1511,11 @@ def test_rest_of_the_sentence_is_no_answer_to_the_menu(
 
 
 def test_half_typed_line_is_typed_on_after_the_server_was_restarted(
-    puppet: Puppet, start_terminal: StartTerminal
+    puppet: Puppet,
 ) -> None:
     """And the last words of the server that went are shown."""
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
+    alex = puppet.terminal()
+    caller = puppet.join(alex)
     clear(alex)
     alex.type(f"half a line{LEFT_KEY * 4}")
     alex.wait_for("You: half a line")
@@ -1617,16 +1539,16 @@ def test_half_typed_line_is_typed_on_after_the_server_was_restarted(
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_lost_connections_leave_no_thread_no_descriptor_and_no_stale_row(
-    puppet: Puppet, start_terminal: StartTerminal
+    puppet: Puppet,
 ) -> None:
-    alex = start_terminal(puppet.address, rows=200)
-    caller = join(puppet, alex)
+    alex = puppet.terminal(rows=200)
+    caller = puppet.join(alex)
     process = Path(f"/proc/{alex.pid()}")
     before = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
     expected = alex.screen.rows[:-1]
 
     reset = "Connection lost: Connection reset by peer."
-    for end, lost in [(end_quietly, LOST), (end_with_a_reset, reset)] * 2:
+    for end, lost in [(Caller.close, LOST), (Caller.reset, reset)] * 2:
         end(caller)
         wait_for_prompt(alex, "Enter your choice:")
         alex.type(f"1{ENTER}")
@@ -1641,15 +1563,13 @@ def test_lost_connections_leave_no_thread_no_descriptor_and_no_stale_row(
     assert after == before
 
 
-def test_bug_in_the_receiver_ends_the_client_loudly(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
+def test_bug_in_the_receiver_ends_the_client_loudly(puppet: Puppet) -> None:
     bug = """
 import protocol
 decode = protocol.decode_shown
 protocol.decode_shown = lambda line: decode(line) if b"Welcome" in line else 1 / 0
 """
-    piped = start_piped(puppet.address, changed(bug), errors="ZeroDivisionError")
+    piped = puppet.piped(changed(bug), errors="ZeroDivisionError")
     piped.write("1\nAlex\n")
     caller = puppet.welcome()
     piped.output.until("* Welcome")
@@ -1715,14 +1635,15 @@ def test_no_to_a_long_paste_keeps_its_first_line(small_chat: Chat, answer: str) 
     assert bob.line() == "Alex: say line 0!"
 
 
-def test_paste_that_comes_in_pieces_is_one_paste(small_chat: Chat) -> None:
+def test_keys_and_pastes_that_come_in_pieces_are_whole(small_chat: Chat) -> None:
     alex, bob = small_chat
+    keys = f"日b\x1b[1;5Dx{ENTER}{ESCAPE}{paste('q', 'ä', '')}"
 
-    for char in f"{ESCAPE}{paste('q', 'ä', '')}":
-        alex.type(char)
+    for byte in keys.encode():
+        alex.type(bytes([byte]))
         alex.drain()
 
-    assert bob.lines(2) == ["Alex: q ", "Alex: ä"]
+    assert bob.lines(3) == ["Alex: x日b", "Alex: q ", "Alex: ä"]
 
 
 def test_paste_without_an_end_is_taken_once_it_is_silent_and_ctrl_c_ends_it(
@@ -1742,10 +1663,10 @@ def test_paste_without_an_end_is_taken_once_it_is_silent_and_ctrl_c_ends_it(
 
 
 def test_paste_that_goes_on_after_the_end_is_not_left_for_the_shell(
-    puppet: Puppet, start_terminal: StartTerminal
+    puppet: Puppet,
 ) -> None:
-    alex = start_terminal(puppet.address, impatient(0.03))
-    join(puppet, alex)
+    alex = puppet.terminal(impatient(0.03))
+    puppet.join(alex)
     alex.type(f"q{ENTER}\x1b[200~one{ENTER}")
     alex.wait_for("Connection closed.")
 
@@ -1785,9 +1706,9 @@ ASKED = "? The password?"
 
 
 def test_line_before_the_answer_to_the_name_is_shown_and_is_not_the_answer(
-    puppet: Puppet, start_piped: StartPiped
+    puppet: Puppet,
 ) -> None:
-    piped = start_piped(puppet.address)
+    piped = puppet.piped()
     piped.write("1\nAlex\nHello\nq\n")
     caller = puppet.hear()
 
@@ -1799,11 +1720,9 @@ def test_line_before_the_answer_to_the_name_is_shown_and_is_not_the_answer(
     assert caller.line() == "Hello"  # which is the next name
 
 
-def test_password_at_the_name_is_not_shown(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
+def test_password_at_the_name_is_not_shown(puppet: Puppet) -> None:
     """And is never sent on a new connection, where it would be taken for a name."""
-    alex = start_terminal(puppet.address, at="name")
+    alex = puppet.terminal(at="name")
     alex.type(f"Alex{ENTER}")
     caller = puppet.hear()
 
@@ -1834,10 +1753,10 @@ def test_password_at_the_name_is_not_shown(
 
 @TERMINALS
 def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
-    puppet: Puppet, start_terminal: StartTerminal, kind: str
+    puppet: Puppet, kind: str
 ) -> None:
-    alex = start_terminal(puppet.address, TERM=kind)
-    caller = join(puppet, alex)
+    alex = puppet.terminal(TERM=kind)
+    caller = puppet.join(alex)
     alex.type(f"/register{ENTER}")
     assert caller.line() == "/register"
     caller.say("! /register is no command.")
@@ -1859,11 +1778,9 @@ def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
     assert PASSWORD not in alex.output
 
 
-def test_pasted_password_is_not_shown(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
+def test_pasted_password_is_not_shown(puppet: Puppet) -> None:
+    alex = puppet.terminal()
+    caller = puppet.join(alex)
 
     alex.type(paste("/register", PASSWORD, "Hello", ""))
     assert caller.line() == "/register"
@@ -1874,10 +1791,8 @@ def test_pasted_password_is_not_shown(
     assert PASSWORD not in alex.output
 
 
-def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address)
+def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) -> None:
+    piped = puppet.piped()
     piped.write(f"1\nAlex\n{PASSWORD}\n/register\nanother one\nHello\nq\n")
     caller = puppet.hear()
     caller.say(ASKED)
@@ -1906,12 +1821,11 @@ def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(
 )
 def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
     puppet: Puppet,
-    start_piped: StartPiped,
     refused: str,
     heard: list[str],
     status: int,
 ) -> None:
-    piped = start_piped(puppet.address)
+    piped = puppet.piped()
     piped.write(f"1\nAlex\n/foo\n/register\n{PASSWORD}\nq\n")
     caller = puppet.welcome()
     assert caller.lines(2) == ["/foo", "/register"]
