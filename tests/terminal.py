@@ -18,6 +18,7 @@ import time
 import tty
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from helpers import HANG_SECONDS
@@ -216,7 +217,7 @@ class Terminal:
 
     def type(self, keys: str | bytes) -> None:
         """Press keys; Enter is a carriage return."""
-        data = keys.encode() if isinstance(keys, str) else keys
+        data = keys if isinstance(keys, bytes) else keys.encode()
         while data:
             # What the program shows meanwhile is read, or it might be stuck with it.
             ready = select.select([self._master], [self._master], [], HANG_SECONDS)
@@ -249,14 +250,12 @@ class Terminal:
         """Wait until this, and no more, is what the screen shows."""
 
         def seen() -> bool:
-            in_place = cursor is None or self.screen.cursor == cursor
-            return self.screen.rows == rows and in_place
+            return self.screen.rows == rows and cursor in (None, self.screen.cursor)
 
-        try:
+        with suppress(AssertionError):
             self.wait_until(seen)
-        except AssertionError:
-            assert self.screen.rows == rows
-            assert self.screen.cursor == cursor
+        assert self.screen.rows == rows
+        assert cursor in (None, self.screen.cursor)
         return True
 
     def is_silent(self, seconds: float) -> bool:
@@ -316,7 +315,8 @@ class Terminal:
         assert self._shell.stderr
         with self._shell.stdin, self._shell.stdout, self._shell.stderr:
             if self._shell.poll() is None and self.pid() != self._shell.pid:
-                self._kill_job()
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(self.pid(), signal.SIGKILL)
             self._shell.stdin.close()  # the shell ends
             while self._read():
                 pass
@@ -351,9 +351,3 @@ class Terminal:
         self.output += text
         self.screen.feed(text)
         return chunk != b""
-
-    def _kill_job(self) -> None:
-        try:
-            os.killpg(self.pid(), signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has just ended
