@@ -113,7 +113,12 @@ class PipedClient:
     """A client in pipes, whose input comes bit by bit."""
 
     def __init__(
-        self, address: str, program: list[str] = PROGRAM, *, errors: str = ""
+        self,
+        address: str,
+        typed: str = "",
+        program: list[str] = PROGRAM,
+        *,
+        errors: str = "",
     ) -> None:
         """errors: what must be in its stderr, which else is empty."""
         self._errors = errors
@@ -126,17 +131,13 @@ class PipedClient:
         )
         assert self.process.stdout
         self.output = LineReader(self.process.stdout.fileno())
+        self.write(typed)
 
     def write(self, text: str) -> None:
         """Write to its input."""
         assert self.process.stdin
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
-
-    def end_input(self) -> None:
-        """Write no more."""
-        assert self.process.stdin
-        self.process.stdin.close()
 
     def end(self) -> tuple[int, list[str]]:
         """Return exit status and the rest of the output, once it has ended."""
@@ -355,12 +356,9 @@ def test_pipe_that_leaves_before_the_chat_has_failed_if_it_was_to_join(
 
 
 def test_pipe_that_ends_before_the_server_has_answered_leaves(puppet: Puppet) -> None:
-    piped = puppet.piped(impatient(0.03))
+    ended = run(command(puppet.address, impatient(0.03)), "1\nAlex\n")
 
-    piped.write("1\nAlex\n")
-    piped.end_input()
-
-    assert piped.end() == (1, [*JOINING, *LEFT])
+    assert ended == (1, [*JOINING, *LEFT], [])
 
 
 def test_another_choice_gets_one_line_and_the_menu_again(room: Room) -> None:
@@ -417,8 +415,7 @@ def test_prompt_in_a_pipe_appears_only_with_its_answer(
 ) -> None:
     """So what others write stays on lines of its own."""
     bob = room.member("Bob")
-    piped = start_piped(room.address)
-    piped.write("1\nAlex\n")
+    piped = start_piped(room.address, "1\nAlex\n")
     piped.output.until("* Welcome")
 
     bob.say("Hi!")
@@ -455,8 +452,7 @@ def test_all_that_was_piped_reaches_a_server_that_reads_slowly(
 
 def test_piped_client_stays_until_the_server_has_had_its_say(puppet: Puppet) -> None:
     """Closing earlier could reset the connection, and cost the server lines unread."""
-    piped = puppet.piped(impatient(0))
-    piped.write("1\nAlex\nHello everyone!\nq\n")
+    piped = puppet.piped("1\nAlex\nHello everyone!\nq\n", impatient(0))
     caller = puppet.welcome()
     piped.output.until("Leaving the chat...")
     assert caller.rest() == ["Hello everyone!", "q"]
@@ -475,8 +471,7 @@ def test_interrupted_piped_client_leaves_with_status_130(
     room: Room, start_piped: StartPiped, moment: str, times: int
 ) -> None:
     """A second interrupt may end it before it has said goodbye, but not loudly."""
-    piped = start_piped(room.address)
-    piped.write("1\nAlex\n")
+    piped = start_piped(room.address, "1\nAlex\n")
     piped.output.until(moment)
 
     for _ in range(times):
@@ -491,8 +486,7 @@ def test_interrupted_piped_client_leaves_with_status_130(
 def test_piped_client_ends_by_itself_when_the_server_does(
     room: Room, start_piped: StartPiped
 ) -> None:
-    piped = start_piped(room.address)
-    piped.write("1\nAlex\n")
+    piped = start_piped(room.address, "1\nAlex\n")
     piped.output.until("* Welcome")
 
     room.stop()
@@ -600,8 +594,7 @@ FROM_SERVER = {
 def test_line_from_the_server_is_cleaned_and_cut_at_32_kibibytes_before_it_is_shown(
     puppet: Puppet,
 ) -> None:
-    piped = puppet.piped()
-    piped.write("1\nAlex\n")
+    piped = puppet.piped("1\nAlex\n")
     caller = puppet.welcome()
     piped.output.until("* Welcome")
 
@@ -613,8 +606,7 @@ def test_line_from_the_server_is_cleaned_and_cut_at_32_kibibytes_before_it_is_sh
 def test_lines_in_pieces_are_shown_whole_and_an_endless_one_as_soon_as_it_is_cut(
     puppet: Puppet,
 ) -> None:
-    piped = puppet.piped()
-    piped.write("1\nAlex\n")
+    piped = puppet.piped("1\nAlex\n")
     caller = puppet.hear()
 
     caller.send("* Welcome!\n* Bob has joined the chat.\nBob: one\nBob: t")
@@ -1112,8 +1104,7 @@ def test_no_color_means_no_colours_and_without_a_flag_no_bell_rings(
 
 def test_times_stand_before_what_comes_from_the_server(puppet: Puppet) -> None:
     """And in a pipe no bell rings."""
-    piped = puppet.piped([*PROGRAM, "--times", "--bell"])
-    piped.write("1\nAlex\n")
+    piped = puppet.piped("1\nAlex\n", [*PROGRAM, "--times", "--bell"])
     caller = puppet.welcome()
     caller.say("Bob (private): psst")
     caller.close()
@@ -1490,8 +1481,7 @@ import protocol
 decode = protocol.decode_shown
 protocol.decode_shown = lambda line: decode(line) if b"Welcome" in line else 1 / 0
 """
-    piped = puppet.piped(changed(bug), errors="ZeroDivisionError")
-    piped.write("1\nAlex\n")
+    piped = puppet.piped("1\nAlex\n", changed(bug), errors="ZeroDivisionError")
     caller = puppet.welcome()
     piped.output.until("* Welcome")
 
@@ -1629,8 +1619,7 @@ ASKED = "? The password?"
 def test_line_before_the_answer_to_the_name_is_shown_and_is_not_the_answer(
     puppet: Puppet,
 ) -> None:
-    piped = puppet.piped()
-    piped.write("1\nAlex\nHello\nq\n")
+    piped = puppet.piped("1\nAlex\nHello\nq\n")
     caller = puppet.hear()
 
     caller.say("Welcome to this house.")
@@ -1713,8 +1702,7 @@ def test_pasted_password_is_not_shown(puppet: Puppet) -> None:
 
 
 def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) -> None:
-    piped = puppet.piped()
-    piped.write(f"1\nAlex\n{PASSWORD}\n/register\nanother one\nHello\nq\n")
+    piped = puppet.piped(f"1\nAlex\n{PASSWORD}\n/register\nanother one\nHello\nq\n")
     caller = puppet.hear()
     caller.say(ASKED)
     assert caller.line() == PASSWORD
@@ -1746,8 +1734,7 @@ def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
     heard: list[str],
     status: int,
 ) -> None:
-    piped = puppet.piped()
-    piped.write(f"1\nAlex\n/foo\n/register\n{PASSWORD}\nq\n")
+    piped = puppet.piped(f"1\nAlex\n/foo\n/register\n{PASSWORD}\nq\n")
     caller = puppet.welcome()
     assert caller.lines(2) == ["/foo", "/register"]
 
