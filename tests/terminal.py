@@ -19,7 +19,7 @@ import tty
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from helpers import HANG_SECONDS
 
@@ -267,7 +267,7 @@ class Terminal:
         while not self.is_silent(0):
             self._read()
 
-    def modes(self) -> list[object]:
+    def modes(self) -> list[Any]:
         """Return the modes of the terminal, as stty shows them."""
         return termios.tcgetattr(self._master)
 

@@ -118,7 +118,7 @@ def test_a_tab_becomes_four_spaces_and_cleaning_twice_changes_nothing_more() -> 
         "x" * 4096,
         "é" * 2048,
     ],
-    ids=ascii,
+    ids=len,
 )
 def test_text_arrives_byte_for_byte(text: str) -> None:
     assert protocol.decode_message(text.encode()).encode() == text.encode()
