@@ -111,9 +111,6 @@ names-folded-once: test_the_key_of_a_key_is_itself
 names-shown-without-nfkc: test_a_name_is_trimmed_and_brought_to_nfkc
 - name = unicodedata.normalize("NFKC", text.strip())
 + name = text.strip()
-reserved-names-allowed: test_a_name_that_is_reserved
-- if name_key(name) in RESERVED_NAMES:
-+ if False:
 reserved-names-in-capitals-allowed: test_a_name_that_is_reserved
 - if name_key(name) in RESERVED_NAMES:
 + if name in RESERVED_NAMES:
@@ -453,7 +450,7 @@ any-line-is-the-answer: test_line_before_the_answer_to_the_name
 endless-line-not-shown: test_lines_in_pieces_are_shown_whole
 - protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
 + protocol.LineSplitter(1 << 30)
-closes-before-the-server: test_piped_client_stays_until_the_server_has_had_its_say
+closes-before-the-server: test_all_that_was_piped_reaches
 - for_ever = patient and
 + for_ever = False and
 hanging-server-waited-for-for-ever: test_server_that_hangs_holds_up_the_leaving
@@ -577,10 +574,6 @@ long-paste-not-asked-about: test_long_paste_is_sent
 no-means-yes: test_no_to_a_long_paste
 - in ("y", "yes")
 + in ("y", "yes", "")
-pasted-q-leaves: test_pasted_q_is_text
--             if answer and _is_quit(answer):
-+             if answer and _is_quit(answer):
-+                 return None
 paste-never-ends: test_paste_without_an_end_is_taken
 - if self._keys.pasting and silent:
 + if False:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -374,19 +375,27 @@ def test_another_choice_gets_one_line_and_the_menu_again(room: Room) -> None:
     assert output[1:] == [*MENU, "Enter your choice: q", *LEFT]
 
 
-@pytest.mark.parametrize(("choice", "goodbye"), [("q", LEFT), ("2", EXITED)])
-@pytest.mark.parametrize("last", ["", f"{FULL}\n"], ids=["gone", "full"])
-def test_leaving_from_the_menu_has_status_0_when_the_server_is_gone_or_full(
-    puppet: Puppet, choice: str, goodbye: list[str], last: str
+@pytest.mark.parametrize(
+    ("last", "choice", "status", "output"),
+    [
+        ("", "q", 0, LEFT),
+        (FULL, "2", 0, EXITED),
+        (FULL, "1", 1, [FULL]),
+        ("", "1", 1, [REFUSED]),
+        ("! You took too long.", "1", 1, [REFUSED]),
+    ],
+)
+def test_server_that_is_gone_or_full_fails_those_alone_who_choose_to_join(
+    puppet: Puppet, last: str, choice: str, status: int, output: list[str]
 ) -> None:
     piped = puppet.piped()
     assert piped.output.lines(len(START)) == START
-    puppet.accept().send(last)
+    puppet.accept().send(f"{last}\n".lstrip())
     puppet.close()
 
     piped.write(f"{choice}\n")
 
-    assert piped.end() == (0, [f"Enter your choice: {choice}", *goodbye])
+    assert piped.end() == (status, [f"Enter your choice: {choice}", *output])
 
 
 @pytest.mark.parametrize(
@@ -428,41 +437,24 @@ def test_prompt_in_a_pipe_appears_only_with_its_answer(
     assert piped.end() == (0, ["You: Hello Bob!", "You: q", *LEFT])
 
 
-def test_all_that_was_piped_reaches_a_server_that_reads_slowly(
-    puppet: Puppet, tmp_path: Path
+def test_all_that_was_piped_reaches_a_slow_server_which_then_has_its_say(
+    puppet: Puppet,
 ) -> None:
-    said = [f"line {number} {'x' * 1000}" for number in range(6000)]
-    everything = tmp_path / "everything"
-    everything.write_text("\n".join(["1", "Alex", *said, ""]))
-    with everything.open() as keyboard, (tmp_path / "out").open("w") as screen:
-        process = subprocess.Popen(
-            command(puppet.address, impatient(0)),
-            env=environment(),
-            stdin=keyboard,
-            stdout=screen,
-        )
-    caller = puppet.welcome()
-
-    heard = caller.rest()
-
-    caller.close()
-    assert process.wait(HANG_SECONDS) == 0
-    assert heard == [*said, "q"]  # the end of its input leaves as q does
-
-
-def test_piped_client_stays_until_the_server_has_had_its_say(puppet: Puppet) -> None:
     """Closing earlier could reset the connection, and cost the server lines unread."""
-    piped = puppet.piped("1\nAlex\nHello everyone!\nq\n", impatient(0))
-    caller = puppet.welcome()
-    piped.output.until("Leaving the chat...")
-    assert caller.rest() == ["Hello everyone!", "q"]
+    said = [f"line {number} {'x' * 1000}" for number in range(6000)]
+    with ThreadPoolExecutor() as pool:
+        typed = "".join(f"{line}\n" for line in ["1", "Alex", *said])
+        ended = pool.submit(run, command(puppet.address, impatient(0)), typed)
+        caller = puppet.welcome()
 
-    with pytest.raises(subprocess.TimeoutExpired):
-        piped.process.wait(0.2)
-    caller.say("* Still here.")
-    caller.close()
+        assert caller.rest() == [*said, "q"]  # the end of its input leaves as q does
+        with pytest.raises(TimeoutError):
+            ended.result(0.2)
+        caller.say("* Still here.")
+        caller.close()
 
-    assert piped.end() == (0, ["* Still here.", "Connection closed."])
+    status, output, _ = ended.result()
+    assert (status, output[-3:]) == (0, [LEFT[0], "* Still here.", LEFT[1]])
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -513,9 +505,6 @@ def test_refused_lines_do_not_touch_the_lines_around_them(room: Room) -> None:
     ]
 
 
-# --- names, and servers that end a connection ---------------------------------------
-
-
 def test_refused_name_gets_the_reason_and_is_asked_for_again(room: Room) -> None:
     room.member("Bob")
 
@@ -547,23 +536,6 @@ def test_client_connects_again_after_the_last_refused_name(
     assert ended == status
     assert sum(line.startswith("! The name fuller is taken.") for line in output) == 5
     assert output[-len(end) :] == end
-
-
-ENDINGS = pytest.mark.parametrize("end", [Caller.close, Caller.reset, Caller.give_up])
-
-
-@ENDINGS
-def test_server_that_cannot_be_reached_again_ends_a_piped_client(
-    puppet: Puppet, end: Callable[[Caller], None]
-) -> None:
-    piped = puppet.piped()
-    piped.output.lines(len(START))
-    end(puppet.accept())
-    puppet.close()
-
-    piped.write("1\n")
-
-    assert piped.end() == (1, ["Enter your choice: 1", REFUSED])
 
 
 # --- what servers send --------------------------------------------------------------
@@ -996,22 +968,13 @@ def test_ctrl_z_and_fg_keep_what_was_typed(small_chat: Chat) -> None:
     alex.type(f"of {ENTER}")
     assert bob.line() == "Alex: half a of line"
 
-
-def test_ctrl_z_at_the_name_and_with_keys_before_it_is_heeded_at_once(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    """It empties the system's buffer, so that there is nothing to read after all."""
-    alex = start_terminal(room.address, at="name")
-
+    # With keys right before it: it empties the system's buffer, and nothing is to read.
     for _ in range(20):
         alex.type(f"x{CTRL_Z}")
         assert alex.status() == 128 + signal.SIGTSTP
-        assert alex.modes() == alex.modes_before
         alex.resume()
         alex.wait_until(lambda: alex.screen.takes_pastes)
-
-    alex.type(f"{CTRL_U}Alex{ENTER}")
-    alex.wait_for("Joining the chat as Alex...")
+    alex.type(CTRL_U)
 
 
 def cpu_ticks(alex: Terminal) -> int:
@@ -1327,6 +1290,9 @@ def test_server_that_has_become_full_ends_the_client(puppet: Puppet) -> None:
 
     assert alex.end() == 1
     assert alex.screen.rows == [*JOINING, FULL, ""]
+
+
+ENDINGS = pytest.mark.parametrize("end", [Caller.close, Caller.reset, Caller.give_up])
 
 
 @ENDINGS
