@@ -611,7 +611,7 @@ prompts-before-the-answer: test_prompt_in_a_pipe_appears_only_with_its_answer
 -         if self.person:
 -             self._write(self._prompt)
 +         self._write(self._prompt)
-prompt-after-the-answer-with-tee: test_prompt_goes_out_before
+prompt-after-the-answer-with-tee: test_no_escape_sequence_if_only_one
 - self.person = os.isatty(keyboard)
 + self.person = os.isatty(keyboard) and os.isatty(screen)
 last-line-lost: test_end_of_piped_input

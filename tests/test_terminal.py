@@ -341,36 +341,6 @@ def test_ctrl_z_gives_the_terminal_back_and_fg_brings_back_line_and_cursor(
     assert rows[rows.index("Bob: still there?") + 1] == "You: half a line"
 
 
-def test_killed_server_leads_to_the_menu_and_back_to_the_half_typed_line(
-    open_window: OpenWindow, start_server: Callable[..., ServerProcess]
-) -> None:
-    server = start_server()
-    alex = open_window(server.address)
-    alex.type("half a line")
-    alex.press("Left", 4)
-    alex.wait_for("half a line")
-
-    server.process.kill()
-    server.process.wait()
-    alex.wait_for("Enter your choice:")
-    start_server("--port", server.address.rpartition(":")[2])
-    alex.enter("1")
-    alex.wait_for("[Alex]:")
-    alex.press("Enter")
-
-    rows = [
-        "You: half a line",
-        "Connection lost: the server closed the connection.",
-        *["1. Join the chat", "q. Leave the chat", "2. Exit the program"],
-        "Enter your choice: 1",
-        "Enter your username [Alex]:",
-        "Joining the chat as Alex...",
-        "* Welcome, Alex! /help lists the commands. Also online: nobody yet.",
-        "You: half a line",
-    ]
-    assert alex.shows(rows, cursor=(len(rows) - 1, 12))
-
-
 def test_shell_is_given_nothing_when_the_server_is_killed_in_mid_sentence(
     open_window: OpenWindow, start_server: Callable[..., ServerProcess]
 ) -> None:
