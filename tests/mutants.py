@@ -444,7 +444,7 @@ no-look-at-the-menu: test_server_that_cannot_be_reached_again
 -             self._status = 1  # until it is in
 -         self._check_connection()
 +             self._status = 1  # until it is in
-any-line-is-the-answer: test_line_before_the_answer_to_the_name
+any-line-is-the-answer: test_lines_in_pieces
 -             elif line.mark:
 +             elif self._awaits_answer:
 endless-line-not-shown: test_lines_in_pieces_are_shown_whole
@@ -598,7 +598,7 @@ modes-not-restored-by-second-ctrl-c: test_what_is_typed_ahead
 -             self._restore()
 -             os._exit
 +             os._exit
-termination-not-noticed: test_terminal_is_left_sane
+termination-not-noticed: test_client_that_is_terminated
 - for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT:
 + for number in ():
 tab-only-once: test_tab_completes

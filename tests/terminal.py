@@ -191,26 +191,21 @@ class Terminal:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._reports = b""
         self._master, slave = os.openpty()
-        try:
-            os.set_blocking(self._master, False)
-            termios.tcsetwinsize(self._master, (rows, columns))
-            self.modes_before = self.modes()
-            self._name = os.ttyname(slave)
-            shells = ["sh", "-c", _TAKE_TERMINAL, self._name]
-            self._shell = subprocess.Popen(
-                [*shells, "sh", "-c", _RUN_JOB, "sh", *command],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-            self.wait_until(lambda: self.output != "")
-        except BaseException:
-            os.close(self._master)
-            raise
-        finally:
-            os.close(slave)
+        os.set_blocking(self._master, False)
+        termios.tcsetwinsize(self._master, (rows, columns))
+        self.modes_before = self.modes()
+        self._name = os.ttyname(slave)
+        shells = ["sh", "-c", _TAKE_TERMINAL, self._name]
+        self._shell = subprocess.Popen(
+            [*shells, "sh", "-c", _RUN_JOB, "sh", *command],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.wait_until(lambda: self.output != "")  # the shells have opened it
+        os.close(slave)
 
     # --- hands ----------------------------------------------------------------------
 

@@ -562,12 +562,15 @@ def test_line_from_the_server_is_cleaned_and_cut_at_32_kibibytes_before_it_is_sh
 def test_lines_in_pieces_are_shown_whole_and_an_endless_one_as_soon_as_it_is_cut(
     puppet: Puppet,
 ) -> None:
+    """A line of no kind before the answer to the name is no answer."""
     piped = puppet.piped("1\nAlex\n")
     caller = puppet.hear()
 
-    caller.send("* Welcome!\n* Bob has joined the chat.\nBob: one\nBob: t")
+    caller.send("Hi there.\n* Welcome!\n* Bob has joined the chat.\nBob: one\nBob: t")
     piped.output.until("* Welcome!")
     assert piped.output.lines(2) == ["* Bob has joined the chat.", "Bob: one"]
+    piped.write("Hello\n")
+    assert piped.output.line() == "You: Hello"
     caller.send(b"wo \xe2\x82")
     caller.send(b"\xac\r\n")
     assert piped.output.line() == "Bob: two €"
@@ -578,13 +581,11 @@ def test_lines_in_pieces_are_shown_whole_and_an_endless_one_as_soon_as_it_is_cut
 
 # --- the start ----------------------------------------------------------------------
 
-FREE_PORT = "the number of a port where nobody listens"
-
 
 @pytest.mark.parametrize(
     ("flags", "status", "parts"),
     [
-        (["--port", FREE_PORT], 1, ["127.0.0.1", FREE_PORT, "Connection refused"]),
+        (["--port", "1"], 1, ["127.0.0.1", "port 1:", "Connection refused"]),
         (["--host", ""], 1, ["''", "12345", "--host"]),
         (["--host", "a..b"], 1, ["a..b", "12345", "--host"]),
         (["--host", "no-such-host.invalid"], 1, ["no-such-host.invalid", "--host"]),
@@ -596,16 +597,10 @@ FREE_PORT = "the number of a port where nobody listens"
 def test_start_that_fails_is_one_line_that_says_where_and_why(
     flags: list[str], status: int, parts: list[str]
 ) -> None:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # nobody else has the port, and nobody listens
-        port = str(bound.getsockname()[1])
-        flags = [flag.replace(FREE_PORT, port) for flag in flags]
-
-        ended, output, errors = run([sys.executable, *PROGRAM, *flags])
+    ended, output, errors = run([sys.executable, *PROGRAM, *flags])
 
     assert (ended, output, len(errors)) == (status, [], 1)
-    for part in parts:
-        assert part.replace(FREE_PORT, port) in errors[0]
+    assert [part for part in parts if part not in errors[0]] == []
 
 
 def test_help_explains_every_flag_with_its_default() -> None:
@@ -1110,21 +1105,6 @@ def test_leaving_at_a_terminal(
     room.connect().join("Alex")  # the name is free again
 
 
-def test_ctrl_c_with_half_a_line_typed_sends_nothing_of_it(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(room.address)
-    bob = meet(room, alex)
-    alex.type(f"half a line{LEFT_KEY * 4}")
-    alex.wait_for("half a line")
-
-    alex.type(CTRL_C)
-
-    assert alex.end() == 130
-    assert alex.screen.rows == ["You: half a line", *LEFT, ""]
-    assert bob.line() == HAS_LEFT
-
-
 # That a paste is stuck in the sending shows soon if little fits into the system.
 SMALL_SEND_BUFFER = f"""
 client.LEAVE_SECONDS *= 0.1
@@ -1153,11 +1133,7 @@ client.socket.create_connection = connect_small
     ids=repr,
 )
 def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
-    puppet: Puppet,
-    moment: str,
-    keys: str,
-    status: int,
-    kind: str,
+    puppet: Puppet, moment: str, keys: str, status: int, kind: str
 ) -> None:
     """Here for a tenth of the usual time, so that 3 s is late enough on any machine."""
     assert client.LEAVE_SECONDS <= 3.0
@@ -1183,21 +1159,23 @@ def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
     assert alex.screen.rows[-2:] == ["Connection closed.", ""]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
 @TERMINALS
-def test_terminal_is_left_sane_by_a_client_that_is_terminated(
-    room: Room, start_terminal: StartTerminal, number: signal.Signals, kind: str
+def test_client_that_is_terminated_leaves_the_terminal_sane_and_sends_no_half_line(
+    room: Room, start_terminal: StartTerminal, name: str, kind: str
 ) -> None:
+    number = signal.Signals[name]
     bob = room.member("Bob")
     alex = start_terminal(room.address, at="chat", TERM=kind)
     assert bob.line() == HAS_JOINED
-    alex.type("half a line")
+    alex.type(f"half a line{LEFT_KEY * 4 if kind == 'xterm' else ''}")
     alex.wait_for("half a line")
 
     os.kill(alex.pid(), number)
 
     assert alex.end() == 128 + number
-    assert alex.screen.rows[-2:] == ["You: half a line", ""]
+    rows = ["You: half a line", *(LEFT if name == "SIGINT" else []), ""]
+    assert alex.screen.rows[-len(rows) :] == rows
     assert bob.line() == HAS_LEFT
 
 
@@ -1288,9 +1266,7 @@ def test_connection_that_ended_at_the_menu_or_at_the_name_is_made_again(
 @ENDINGS
 @pytest.mark.parametrize("place", ["menu", "name"])
 def test_server_that_cannot_be_reached_again_leads_to_the_menu(
-    puppet: Puppet,
-    place: str,
-    end: Callable[[Caller], None],
+    puppet: Puppet, place: str, end: Callable[[Caller], None]
 ) -> None:
     alex = puppet.terminal(at=place)
     end(puppet.accept())
@@ -1319,9 +1295,7 @@ def test_leaving_at_the_name_has_status_0_when_the_server_is_gone(
 
 @TERMINALS
 def test_killed_server_is_told_within_a_second_and_the_shell_gets_nothing(
-    start_terminal: StartTerminal,
-    start_server: Callable[..., ServerProcess],
-    kind: str,
+    start_terminal: StartTerminal, start_server: Callable[..., ServerProcess], kind: str
 ) -> None:
     server = start_server()
     shell = '"$@"; echo "ended $?"; cat'
@@ -1525,20 +1499,6 @@ PASSWORD = "correct horse battery"
 ASKED = "? The password?"
 
 
-def test_line_before_the_answer_to_the_name_is_shown_and_is_not_the_answer(
-    puppet: Puppet,
-) -> None:
-    piped = puppet.piped("1\nAlex\nHello\nq\n")
-    caller = puppet.hear()
-
-    caller.say("Welcome to this house.")
-    piped.output.until("Welcome to this house.")
-    caller.say("! Not now.")
-
-    assert piped.output.line() == "! Not now."
-    assert caller.line() == "Hello"  # which is the next name
-
-
 def test_password_at_the_name_is_not_shown(puppet: Puppet) -> None:
     """And is never sent on a new connection, where it would be taken for a name."""
     alex = puppet.terminal(at="name")
@@ -1638,10 +1598,7 @@ def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) ->
     ids=["an earlier line", "the command"],
 )
 def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
-    puppet: Puppet,
-    refused: str,
-    heard: list[str],
-    status: int,
+    puppet: Puppet, refused: str, heard: list[str], status: int
 ) -> None:
     piped = puppet.piped(f"1\nAlex\n/foo\n/register\n{PASSWORD}\nq\n")
     caller = puppet.welcome()

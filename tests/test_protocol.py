@@ -180,8 +180,7 @@ def test_the_longest_message_fits_into_a_shown_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
-    [("", b"\n"), ("é", b"\xc3\xa9\n"), ("a\udcffb", b"a\xffb\n")],
+    ("text", "line"), [("", b"\n"), ("é", b"\xc3\xa9\n"), ("a\udcffb", b"a\xffb\n")]
 )
 def test_a_text_becomes_one_line_of_bytes(text: str, line: bytes) -> None:
     assert protocol.encode_line(text) == line
