@@ -69,10 +69,10 @@ line-limit-one-less: test_text_arrives_byte_for_byte
 line-limit-one-more: test_a_line_above_the_limit
 - if len(line) > MAX_LINE_BYTES:
 + if len(line) > MAX_LINE_BYTES + 1:
-unfinished-line-limit-one-less: test_a_line_too_long_is_reported_before_its_newline_comes
+unfinished-line-limit-one-less: test_a_line_too_long_is_reported
 - > self._max_bytes:
 + >= self._max_bytes:
-unfinished-line-limit-one-more: test_a_line_too_long_is_reported_before_its_newline_comes
+unfinished-line-limit-one-more: test_a_line_too_long_is_reported
 - > self._max_bytes:
 + > self._max_bytes + 1:
 endless-line-kept: test_the_splitter_keeps_little_of_an_endless_line
@@ -459,13 +459,13 @@ hanging-server-waited-for-for-ever: test_server_that_hangs_holds_up_the_leaving
 sending-not-watched: test_server_that_hangs_holds_up_the_leaving
 - self._terminal.wait(is_sent, self._socket, patient=True)
 + (self._socket.sendall(unsent) is None)
-answer-not-watched: test_server_that_hangs_holds_up_the_leaving or test_pipe_that_ends_before
+answer-not-watched: test_server_that_hangs or test_pipe_that_ends_before
 -             if seconds <= 0:
 +             if seconds <= 0 and writable:
 ends-when-the-connection-is-lost: test_half_typed_line_is_typed_on_after
 - if not self._terminal.person:  # nobody is
 + if True:  # nobody is
-pipe-stays-when-the-connection-is-lost: test_piped_client_ends_by_itself_when_the_server_does
+pipe-stays-when-the-connection-is-lost: test_piped_client_ends_by_itself
 - if not self._terminal.person:  # nobody is
 + if False:  # nobody is
 name-not-offered: test_half_typed_line_is_typed_on_after
@@ -500,7 +500,7 @@ password-shown: test_password_in_the_chat or test_password_in_a_pipe
 question-not-waited-for: test_password_in_a_pipe
 - if command in SECRET_COMMANDS:
 + if False:
-earlier-refusal-taken-for-the-answer: test_piped_password_is_said_to_nobody_but_its_question
+earlier-refusal-taken-for-the-answer: test_piped_password_is_said
 - self._answer.text.startswith(command)
 + self._answer.mark == "!"
 pasted-q-without-blank: test_pasted_q_is_text
@@ -520,7 +520,7 @@ escapes-on-a-dumb-terminal: test_session_at_a_terminal_which_gets_plain_lines
 ctrl-c-status-wrong: test_interrupted_piped_client_leaves_with_status_130
 - INTERRUPTED = 130
 + INTERRUPTED = 1
-rest-of-the-sentence-left-for-the-menu: test_rest_of_the_sentence_is_no_answer_to_the_menu
+rest-of-the-sentence-left-for-the-menu: test_rest_of_the_sentence
 -                 self._terminal.forget_typed()
 - 
 """

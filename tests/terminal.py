@@ -1,8 +1,8 @@
 """A person at a terminal: a program on a pseudo-terminal, and what the screen shows.
 
 Terminal runs a program under a shell with job control, so that Ctrl-C, Ctrl-Z and fg do
-what they do for people.  Screen makes rows of text of what the program writes.  It knows
-the escape sequences that the client may use, and fails on any other.
+what they do for people.  Screen makes rows of text of what the program writes.  It
+knows the escape sequences that the client may use, and fails on any other.
 """
 
 from __future__ import annotations
