@@ -227,12 +227,13 @@ def meet(room: Room, alex: Terminal) -> Peer:
 def one_chat() -> Iterator[Chat]:
     """One chat, in a small window, for many tests that leave nothing behind."""
     room = Room(lines_per_second=0)
-    with closing(
-        Terminal(command(room.address), environment(), columns=20, rows=10)
-    ) as alex:
-        yield alex, meet(room, alex)
-    room.close_peers()
-    room.stop()
+    try:
+        start = command(room.address), environment()
+        with closing(Terminal(*start, columns=20, rows=10)) as alex:
+            yield alex, meet(room, alex)
+    finally:
+        room.close_peers()
+        room.stop()
 
 
 @pytest.fixture
