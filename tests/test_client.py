@@ -1078,23 +1078,26 @@ def test_no_escape_sequence_if_only_one_of_keyboard_and_stdout_is_a_terminal(
 
 
 @pytest.mark.parametrize(
-    ("place", "key", "status", "goodbye"),
+    ("kind", "place", "key", "status", "goodbye"),
     [
-        ("menu", f"2{ENTER}", 0, EXITED),
-        *[(place, f"q{ENTER}", 0, LEFT) for place in ("menu", "name", "chat")],
-        *[(place, CTRL_D, 0, LEFT) for place in ("menu", "name", "chat")],
-        *[(place, CTRL_C, 130, LEFT) for place in ("menu", "name", "chat")],
+        ("xterm", "menu", f"2{ENTER}", 0, EXITED),
+        *[("xterm", at, f"q{ENTER}", 0, LEFT) for at in ("menu", "name", "chat")],
+        *[("xterm", at, CTRL_D, 0, LEFT) for at in ("menu", "name", "chat")],
+        *[("xterm", at, CTRL_C, 130, LEFT) for at in ("menu", "name", "chat")],
+        ("dumb", "menu", CTRL_D, 0, LEFT),
+        ("dumb", "name", CTRL_C, 130, LEFT),
+        ("dumb", "chat", CTRL_D, 0, LEFT),
+        ("dumb", "chat", CTRL_C, 130, LEFT),
     ],
 )
-@TERMINALS
 def test_leaving_at_a_terminal(
     room: Room,
     start_terminal: StartTerminal,
+    kind: str,
     place: str,
     key: str,
     status: int,
     goodbye: list[str],
-    kind: str,
 ) -> None:
     alex = start_terminal(room.address, at=place, TERM=kind)
 
@@ -1183,9 +1186,9 @@ def test_client_that_is_terminated_leaves_the_terminal_sane_and_sends_no_half_li
 @pytest.mark.parametrize(
     ("keys", "status", "patience", "kind"),
     [
-        ([f"q{ENTER}"], 0, 0.1, "xterm"),
-        ([f"q{ENTER}"], 0, 0.1, "dumb"),
-        ([CTRL_C], 130, 0.1, "dumb"),
+        ([f"q{ENTER}"], 0, 0.03, "xterm"),
+        ([f"q{ENTER}"], 0, 0.03, "dumb"),
+        ([CTRL_C], 130, 0.03, "dumb"),
         ([CTRL_C, CTRL_C], 130, HANG_SECONDS, "xterm"),
         ([CTRL_C, CTRL_C], 130, HANG_SECONDS, "dumb"),
     ],
