@@ -54,9 +54,9 @@ class Proxy:
         self._thread = threading.Thread(target=self._carry, name="proxy")
         self._thread.start()
 
-    def stall(self, flow: _Flow, *, stalled: bool = True) -> None:
-        """Stop one direction, or let it go on."""
-        flow.stalled = stalled
+    def stall(self, flow: _Flow) -> None:
+        """Stop one direction."""
+        flow.stalled = True
         self._wake_sender.send(b"\0")
 
     def cut(self, flow: _Flow, after_bytes: int) -> None:

@@ -1024,9 +1024,7 @@ def test_private_messages_and_the_own_name_stand_out_and_ring_the_bell(
     assert styles("it Alex?") == {"35;1", "35"}
 
 
-def test_no_color_means_no_colours_and_without_a_flag_no_bell_rings(
-    puppet: Puppet,
-) -> None:
+def test_no_color_means_no_colours_and_no_flag_no_bell(puppet: Puppet) -> None:
     alex = puppet.terminal(NO_COLOR="1")
     caller = puppet.join(alex)
     clear(alex)

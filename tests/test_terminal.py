@@ -236,9 +236,6 @@ def test_what_is_typed_on_the_top_row_leaves_no_copies_in_the_scrollback(
     assert alex.shows(["You: abc"], cursor=(0, 8))
 
 
-# --- where the cursor stands --------------------------------------------------------
-
-
 def test_joined_emoji_in_the_line_cost_nothing_of_what_others_said(chat: Chat) -> None:
     """They take the place of one; counted apart the line would seem to be longer."""
     alex, bob = chat
