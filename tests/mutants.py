@@ -526,9 +526,9 @@ rest-of-the-sentence-left-for-the-menu: test_rest_of_the_sentence
 
 TERMINAL_MUTANTS = r"""
 cursor-jumps-to-the-end: test_lines_of_others_appear_above
--             self._draw(text)
-+             self._place = len(self._text)
-+             self._draw(text)
+-                 self._draw(text)
++                 self._before, self._after = self._before + self._after, ""
++                 self._draw(text)
 full-row-misdrawn: test_lines_of_others_appear_above
 - " \r" if end_row
 + "" if end_row
