@@ -54,9 +54,9 @@ class Proxy:
         self._thread = threading.Thread(target=self._carry, name="proxy")
         self._thread.start()
 
-    def stall(self, flow: _Flow, *, stalled: bool = True) -> None:
-        """Stop one direction, or let it go on."""
-        flow.stalled = stalled
+    def stall(self, flow: _Flow) -> None:
+        """Stop one direction."""
+        flow.stalled = True
         self._wake_sender.send(b"\0")
 
     def cut(self, flow: _Flow, after_bytes: int) -> None:
@@ -82,9 +82,7 @@ class Proxy:
         with self.up.source, self.down.source:
             try:
                 while not self._closing and not all(flow.ended for flow in flows):
-                    self._carry_some(
-                        [f for f in flows if not f.stalled and not f.ended]
-                    )
+                    self._carry_some([f for f in flows if not (f.stalled or f.ended)])
             except OSError:  # one side is gone, and the other one is to learn of it
                 self._resetting = True
             if self._resetting:
@@ -103,9 +101,8 @@ class Proxy:
             if not flow.data and flow.source in ready[0]:
                 self._read(flow)
             elif flow.data and flow.target in ready[1]:
-                flow.data = flow.data[
-                    flow.target.send(flow.data[: self._piece_bytes]) :
-                ]
+                sent = flow.target.send(flow.data[: self._piece_bytes])
+                flow.data = flow.data[sent:]
             else:
                 continue
             flow.due = time.monotonic() + self._delay_seconds

@@ -1,8 +1,8 @@
 """A person at a terminal: a program on a pseudo-terminal, and what the screen shows.
 
 Terminal runs a program under a shell with job control, so that Ctrl-C, Ctrl-Z and fg do
-what they do for people.  Screen makes rows of text of what the program writes.  It knows
-the escape sequences that the client may use, and fails on any other.
+what they do for people.  Screen makes rows of text of what the program writes.  It
+knows the escape sequences that the client may use, and fails on any other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import time
 import tty
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from helpers import HANG_SECONDS
 
@@ -28,13 +29,9 @@ class _Cell(NamedTuple):
     style: str  # the numbers of the last ESC [ ... m
 
 
-class _Row:
-    def __init__(self) -> None:
-        self.cells: list[_Cell] = []
-        self.wrapped = False  # the next row goes on with the same line
-
-    def __str__(self) -> str:
-        return "".join([cell.text for cell in self.cells]).rstrip(" ")
+def _text(row: list[_Cell]) -> str:
+    """Return a row without the spaces at its end, as nobody sees them."""
+    return "".join([cell.text for cell in row]).rstrip(" ")
 
 
 class Screen:
@@ -44,22 +41,20 @@ class Screen:
 
     def __init__(self, columns: int, rows: int) -> None:
         self._columns, self._height = columns, rows
-        self._rows = [_Row()]
+        self._rows: list[list[_Cell]] = [[]]
         self._row = 0
         self._column = 0  # the number of columns: the next character wraps
         self._style = ""
         self._unread = ""  # the beginning of an escape sequence
         self.takes_pastes = False  # between brackets
         self.bells = 0
+        self.cleared = 0  # how often
         self.scrolled_off: list[str] = []  # rows that have left the screen at the top
 
     @property
     def rows(self) -> list[str]:
-        """The rows down to the last one with text or the cursor in it.
-
-        Spaces at their ends are left out, as nobody sees them.
-        """
-        rows = [str(row) for row in self._rows]
+        """The rows down to the last one with text or the cursor in it."""
+        rows = [_text(row) for row in self._rows]
         while len(rows) > self._row + 1 and not rows[-1]:
             rows.pop()
         return rows
@@ -74,15 +69,10 @@ class Screen:
         """Row and column of the cursor."""
         return self._row, min(self._column, self._columns - 1)
 
-    @property
-    def cursor_in_everything(self) -> tuple[int, int]:
-        """Row and column of the cursor, the rows that scrolled off counted as well."""
-        return len(self.scrolled_off) + self.cursor[0], self.cursor[1]
-
     def styles(self, text: str) -> set[str]:
         """Return the styles in which the first occurrence of this text is shown."""
-        row = next(row for row in self._rows if text in str(row))
-        cells = [cell for cell in row.cells if cell.text]
+        row = next(row for row in self._rows if text in _text(row))
+        cells = [cell for cell in row if cell.text]
         start = "".join([cell.text for cell in cells]).index(text)
         return {cell.style for cell in cells[start : start + len(text)]}
 
@@ -100,41 +90,7 @@ class Screen:
         self._unread = self._unread[place:]
         assert len(self._unread) < 16, f"not understood: {self._unread!r}"
 
-    def resize(self, columns: int, rows: int) -> None:
-        """Fold all lines anew; the cursor stays on its character.
-
-        Most terminals do that.
-        """
-        lines: list[list[_Cell]] = [[]]
-        cursor = (0, 0)  # the number of the line, and the place in it
-        for number, row in enumerate(self._rows):
-            if number == self._row:
-                lines[-1] += row.cells[: self._column]
-                cursor = (len(lines) - 1, len(lines[-1]))
-                lines[-1] += row.cells[self._column :]
-            else:
-                lines[-1] += row.cells
-            if not row.wrapped:
-                lines.append([])
-        while len(lines) > cursor[0] + 1 and not lines[-1]:
-            lines.pop()
-        self._columns, self._height = columns, rows
-        self._rows, self._row, self._column = [_Row()], 0, 0
-        place = (0, 0)  # of the cursor: the row, those scrolled off counted, and column
-        for number, line in enumerate(lines):
-            if number:
-                self._column = 0
-                self._line_feed()
-            for index, cell in enumerate(line):
-                if cell.text:
-                    self._put(cell.text, cell.style)
-                if (number, index + 1) == cursor:
-                    place = (len(self.scrolled_off) + self._row, self._column)
-            if (number, 0) == cursor:
-                place = (len(self.scrolled_off) + self._row, 0)
-        self._row, self._column = place[0] - len(self.scrolled_off), place[1]
-
-    def _put(self, char: str, style: str | None = None) -> None:
+    def _put(self, char: str) -> None:
         if char == "\r":
             self._column = 0
         elif char == "\n":
@@ -142,27 +98,25 @@ class Screen:
         elif char == "\a":
             self.bells += 1
         else:
-            category = unicodedata.category(char[0])
+            category = unicodedata.category(char)
             assert category != "Cc", f"control character {char!r}"
             if category in ("Mn", "Me", "Cf"):
                 self._combine(char)
             else:
-                wide = unicodedata.east_asian_width(char[0]) in "WF"
-                self._print(char, 1 + wide, self._style if style is None else style)
+                self._print(char, 1 + (unicodedata.east_asian_width(char) in "WF"))
 
-    def _print(self, char: str, width: int, style: str) -> None:
+    def _print(self, char: str, width: int) -> None:
         if self._column + width > self._columns:
-            self._rows[self._row].wrapped = True
             self._column = 0
             self._line_feed()
-        cells = self._rows[self._row].cells
+        cells = self._rows[self._row]
         cells += [_Cell(" ", "")] * (self._column - len(cells))
-        new = [_Cell(char, style), _Cell("", style)][:width]
+        new = [_Cell(char, self._style), _Cell("", self._style)][:width]
         cells[self._column : self._column + width] = new
         self._column += width
 
     def _combine(self, mark: str) -> None:
-        cells = self._rows[self._row].cells
+        cells = self._rows[self._row]
         place = self._column - 1
         while not cells[place].text:  # the second half of a wide character
             place -= 1
@@ -171,9 +125,9 @@ class Screen:
     def _line_feed(self) -> None:
         self._row += 1
         if self._row == len(self._rows):
-            self._rows.append(_Row())
+            self._rows.append([])
         if self._row == self._height:
-            self.scrolled_off.append(str(self._rows.pop(0)))
+            self.scrolled_off.append(_text(self._rows.pop(0)))
             self._row -= 1
 
     def _obey(self, command: str, numbers: str) -> None:
@@ -191,15 +145,13 @@ class Screen:
                 self._column = min(self._column, self._columns - 1)
             case "C", _:
                 self._column = min(self._column + int(numbers), self._columns - 1)
-            case "J", "":
-                del self._rows[self._row + 1 :]
-                del self._rows[self._row].cells[self._column :]
-                self._rows[self._row].wrapped = False
-            case "K", "":
-                del self._rows[self._row].cells[self._column :]
-                self._rows[self._row].wrapped = False
+            case (("J" | "K"), ""):
+                if command == "J":
+                    del self._rows[self._row + 1 :]
+                del self._rows[self._row][self._column :]
             case "J", "2":
-                self._rows = [_Row() for _ in self._rows]
+                self.cleared += 1
+                self._rows = [[] for _ in self._rows]
             case "H", "":
                 self._row = self._column = 0
             case _:
@@ -236,36 +188,30 @@ class Terminal:
     ) -> None:
         self.screen = Screen(columns, rows)
         self.output = ""  # all that was written, as it was written
-        self.errors = ""  # all that was written to stderr; known after end()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._reports = b""
         self._master, slave = os.openpty()
-        try:
-            os.set_blocking(self._master, False)
-            termios.tcsetwinsize(self._master, (rows, columns))
-            self.modes_before = self.modes()
-            self._name = os.ttyname(slave)
-            shells = ["sh", "-c", _TAKE_TERMINAL, self._name]
-            self._shell = subprocess.Popen(
-                [*shells, "sh", "-c", _RUN_JOB, "sh", *command],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-            self.wait_until(lambda: self.output != "")
-        except BaseException:
-            os.close(self._master)
-            raise
-        finally:
-            os.close(slave)
+        os.set_blocking(self._master, False)
+        termios.tcsetwinsize(self._master, (rows, columns))
+        self.modes_before = self.modes()
+        self._name = os.ttyname(slave)
+        shells = ["sh", "-c", _TAKE_TERMINAL, self._name]
+        self._shell = subprocess.Popen(
+            [*shells, "sh", "-c", _RUN_JOB, "sh", *command],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.wait_until(lambda: self.output != "")  # the shells have opened it
+        os.close(slave)
 
     # --- hands ----------------------------------------------------------------------
 
     def type(self, keys: str | bytes) -> None:
         """Press keys; Enter is a carriage return."""
-        data = keys.encode() if isinstance(keys, str) else keys
+        data = keys if isinstance(keys, bytes) else keys.encode()
         while data:
             # What the program shows meanwhile is read, or it might be stuck with it.
             ready = select.select([self._master], [self._master], [], HANG_SECONDS)
@@ -274,13 +220,6 @@ class Terminal:
                 self._read()
             if ready[1]:
                 data = data[os.write(self._master, data) :]
-
-    def resize(self, columns: int, rows: int) -> None:
-        """Change the size of the window, and wait for the program to take note."""
-        written = len(self.output)
-        self.screen.resize(columns, rows)
-        termios.tcsetwinsize(self._master, (rows, columns))
-        self.wait_until(lambda: len(self.output) > written)
 
     def resume(self) -> None:
         """Say fg to the shell."""
@@ -305,14 +244,12 @@ class Terminal:
         """Wait until this, and no more, is what the screen shows."""
 
         def seen() -> bool:
-            in_place = cursor is None or self.screen.cursor == cursor
-            return self.screen.rows == rows and in_place
+            return self.screen.rows == rows and cursor in (None, self.screen.cursor)
 
-        try:
+        with suppress(AssertionError):
             self.wait_until(seen)
-        except AssertionError:
-            assert self.screen.rows == rows
-            assert self.screen.cursor == cursor
+        assert self.screen.rows == rows
+        assert cursor in (None, self.screen.cursor)
         return True
 
     def is_silent(self, seconds: float) -> bool:
@@ -324,7 +261,7 @@ class Terminal:
         while not self.is_silent(0):
             self._read()
 
-    def modes(self) -> list[object]:
+    def modes(self) -> list[Any]:
         """Return the modes of the terminal, as stty shows them."""
         return termios.tcgetattr(self._master)
 
@@ -365,20 +302,24 @@ class Terminal:
         return status
 
     def close(self) -> None:
-        """Kill what still runs, read all that was written; again does nothing."""
+        """Kill what still runs, read all that was written; again does nothing.
+
+        Whatever has happened to the program, nothing may be on its stderr.
+        """
         if self._shell.stdin is None or self._shell.stdin.closed:
             return
         assert self._shell.stdout
         assert self._shell.stderr
         with self._shell.stdin, self._shell.stdout, self._shell.stderr:
             if self._shell.poll() is None and self.pid() != self._shell.pid:
-                self._kill_job()
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(self.pid(), signal.SIGKILL)
             self._shell.stdin.close()  # the shell ends
             while self._read():
                 pass
             os.close(self._master)
             self._shell.wait(HANG_SECONDS)
-            self.errors = self._shell.stderr.read().decode()
+            assert self._shell.stderr.read() == b""
 
     # --- inside ---------------------------------------------------------------------
 
@@ -407,9 +348,3 @@ class Terminal:
         self.output += text
         self.screen.feed(text)
         return chunk != b""
-
-    def _kill_job(self) -> None:
-        try:
-            os.killpg(self.pid(), signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has just ended

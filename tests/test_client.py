@@ -11,6 +11,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from helpers import (
     Room,
     ServerProcess,
     split_address,
+    wait_until,
 )
 from terminal import Terminal
 
@@ -32,92 +36,39 @@ MENU = ["1. Join the chat", "q. Leave the chat", "2. Exit the program"]
 START = ["Connected to server.", *MENU]
 NAMED = ["Enter your choice: 1", "Enter your username: Alex"]
 JOINING = [*START, *NAMED, "Joining the chat as Alex..."]
+WELCOME = "* Welcome, Alex! /help lists the commands. Also online: "
 LEFT = ["Leaving the chat...", "Connection closed."]
-FULL = "The chat is full, please try again later."
 EXITED = ["Exiting the program.", "Connection closed."]
+FULL = "! The chat is full, please try again later."
+LOST = "Connection lost: the server closed the connection."
+REFUSED = "Connection lost: Connection refused."
+HAS_JOINED, HAS_LEFT = "* Alex has joined the chat.", "* Alex has left the chat."
 
-ENTER, ESCAPE, BACKSPACE = "\r", "\x1b", "\x7f"
+ENTER, ESCAPE, BACKSPACE, DELETE = "\r", "\x1b", "\x7f", "\x1b[3~"
 CTRL_A, CTRL_C, CTRL_D, CTRL_L, CTRL_Z = "\x01", "\x03", "\x04", "\x0c", "\x1a"
-ARROW_UP, ARROW_DOWN = "\x1b[A", "\x1b[B"
-ARROW_RIGHT, ARROW_LEFT = "\x1b[C", "\x1b[D"
+CTRL_K, CTRL_U, CTRL_W = "\x0b", "\x15", "\x17"
+UP, DOWN, RIGHT, LEFT_KEY = "\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D"
+
+
+def paste(*lines: str) -> str:
+    """Return what a terminal sends for a paste."""
+    return f"\x1b[200~{ENTER.join(lines)}\x1b[201~"
 
 
 # --- who takes part -----------------------------------------------------------------
-
-
-class Caller(Peer):
-    """A client that has called the test's own server."""
-
-    def __init__(self, accepted: socket.socket) -> None:
-        accepted.settimeout(HANG_SECONDS)
-        self.name = ""
-        self.socket = accepted
-        self._lines: deque[bytes] = deque()
-        self._tail = b""
-
-
-class Puppet:
-    """A server that does what the test says, and nothing else."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        # Accepted sockets inherit it: little is on its way unread.
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
-        self._listener.settimeout(HANG_SECONDS)
-        self._callers: list[Caller] = []
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def accept(self) -> Caller:
-        """Take the next connection."""
-        caller = Caller(self._listener.accept()[0])
-        self._callers.append(caller)
-        return caller
-
-    def welcome(self) -> Caller:
-        """Take the next connection, and whatever name comes first."""
-        caller = self.accept()
-        caller.name = caller.line()
-        caller.say(f"* Welcome, {caller.name}!")
-        return caller
-
-    def close(self) -> None:
-        """Take no more connections, and end those there are; again does nothing."""
-        self._listener.close()
-        for caller in self._callers:
-            caller.close()
-
-
-@pytest.fixture
-def puppet(no_leaks: None) -> Iterator[Puppet]:
-    """A server that does what the test says."""
-    server = Puppet()
-    yield server
-    server.close()
-
 
 PROGRAM = [str(PROJECT / "client.py")]
 
 
 def changed(change: str) -> list[str]:
-    """Return the program with a change: a line of Python that is run before it."""
+    """Return the program with a change: Python that is run before it."""
     path = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import client"
     return ["-c", f"{path}\n{change}\nsys.exit(client.client_program())"]
 
 
-def impatient(seconds: float) -> list[str]:
+def impatient(share: float) -> list[str]:
     """Return the program, but that a server that hangs holds it up for less long."""
-    return changed(f"client.LEAVE_SECONDS = {seconds}")
-
-
-SMALL_SEND_BUFFER = f"""
-client.LEAVE_SECONDS = 0.5
-connect = client.socket.create_connection
-def connect_small(*address):
-    connection = connect(*address)
-    connection.setsockopt(client.socket.SOL_SOCKET, client.socket.SO_SNDBUF, {SMALL_BUFFER})
-    return connection
-client.socket.create_connection = connect_small
-"""
+    return changed(f"client.LEAVE_SECONDS *= {share}")
 
 
 def command(address: str, program: list[str] = PROGRAM) -> list[str]:
@@ -132,28 +83,38 @@ def environment(**variables: str) -> dict[str, str]:
     return {**inherited, "TERM": "xterm-256color", "PYTHONUTF8": "1", **variables}
 
 
-# --- the client in pipes ------------------------------------------------------------
+def run(
+    command: list[str], typed: str | bytes = "", shell: str = 'exec "$@"'
+) -> tuple[int, list[str], list[str]]:
+    """Run a program to its end; return exit status, output and errors, in lines.
 
-
-def run_client(address: str, typed: str | bytes) -> tuple[int, list[str]]:
-    """Run the client with this as its whole input; return exit status and output."""
-    run = subprocess.run(
-        command(address),
+    typed: its whole input; shell: what the shell does with the command.
+    """
+    ended = subprocess.run(
+        ["sh", "-c", shell, "sh", *command],
         check=False,
         env=environment(),
         input=typed.encode() if isinstance(typed, str) else typed,
         capture_output=True,
         timeout=HANG_SECONDS,
     )
-    assert run.stderr == b""
-    assert run.stdout.endswith(b"\n")
-    return run.returncode, run.stdout.decode().removesuffix("\n").split("\n")
+    *output, last = ended.stdout.decode().split("\n")
+    *errors, last_error = ended.stderr.decode().split("\n")
+    assert last == last_error == ""
+    return ended.returncode, output, errors
+
+
+def run_client(address: str, typed: str | bytes) -> tuple[int, list[str]]:
+    """Run the client with this as its whole input; return exit status and output."""
+    status, output, errors = run(command(address), typed)
+    assert errors == []
+    return status, output
 
 
 class PipedClient:
     """A client in pipes, whose input comes bit by bit."""
 
-    def __init__(self, address: str, program: list[str] = PROGRAM) -> None:
+    def __init__(self, address: str, typed: str, program: list[str]) -> None:
         self.process = subprocess.Popen(
             command(address, program),
             env=environment(),
@@ -163,17 +124,13 @@ class PipedClient:
         )
         assert self.process.stdout
         self.output = LineReader(self.process.stdout.fileno())
+        self.write(typed)
 
     def write(self, text: str) -> None:
         """Write to its input."""
         assert self.process.stdin
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
-
-    def end_input(self) -> None:
-        """Write no more."""
-        assert self.process.stdin
-        self.process.stdin.close()
 
     def end(self) -> tuple[int, list[str]]:
         """Return exit status and the rest of the output, once it has ended."""
@@ -195,15 +152,166 @@ StartPiped = Callable[..., PipedClient]
 @pytest.fixture
 def start_piped(no_leaks: None) -> Iterator[StartPiped]:
     """Start clients in pipes; on leaving they are killed."""
-    clients: list[PipedClient] = []
+    with ExitStack() as clients:
 
-    def start(address: str, program: list[str] = PROGRAM) -> PipedClient:
-        clients.append(PipedClient(address, program))
-        return clients[-1]
+        def start(
+            address: str, typed: str = "", program: list[str] = PROGRAM
+        ) -> PipedClient:
+            return clients.enter_context(closing(PipedClient(address, typed, program)))
 
-    yield start
-    for piped in clients:
-        piped.close()
+        yield start
+
+
+StartTerminal = Callable[..., Terminal]
+Chat = tuple[Terminal, Peer]
+
+
+@pytest.fixture
+def start_terminal(no_leaks: None) -> Iterator[StartTerminal]:
+    """Start clients on terminals; on leaving they are killed."""
+    with ExitStack() as terminals:
+
+        def start(
+            address: str,
+            program: list[str] = PROGRAM,
+            *,
+            at: str = "menu",
+            shell: str = "",
+            **variables: str,
+        ) -> Terminal:
+            wrapper = ["sh", "-c", shell, "sh"] if shell else []
+            full_command = [*wrapper, *command(address, program)]
+            alex = Terminal(full_command, environment(**variables))
+            terminals.enter_context(closing(alex))
+            go_to(at, alex)
+            return alex
+
+        yield start
+
+
+def go_to(place: str, alex: Terminal) -> None:
+    """Go from the start to the menu, to the name, or into the chat; or stay there."""
+    if place != "start":
+        alex.wait_for("Enter your choice:")
+    if place in ("name", "chat"):
+        alex.type(f"1{ENTER}")
+        alex.wait_for("Enter your username:")
+    if place == "chat":
+        alex.type(f"Alex{ENTER}")
+        wait_for_prompt(alex)
+
+
+def wait_for_prompt(alex: Terminal, prompt: str = "You:") -> None:
+    """Wait until nothing but this is on the last row."""
+    alex.wait_until(lambda: alex.screen.rows[-1] == prompt)
+
+
+def clear(alex: Terminal) -> None:
+    """Clear the screen, and forget what has left it, but for the prompt."""
+    cleared = alex.screen.cleared
+    alex.type(CTRL_L)
+    alex.wait_until(lambda: alex.screen.cleared > cleared)
+    assert alex.shows(["You:"], cursor=(0, 5))
+    alex.screen.scrolled_off.clear()
+
+
+def meet(room: Room, alex: Terminal) -> Peer:
+    """Let Alex, who is at the menu, join; and Bob before him, who is returned."""
+    bob = room.member("Bob")
+    go_to("chat", alex)
+    assert bob.line() == HAS_JOINED
+    clear(alex)
+    return bob
+
+
+@pytest.fixture(scope="module")
+def one_chat() -> Iterator[Chat]:
+    """One chat, in a small window, for many tests that leave nothing behind."""
+    room = Room(lines_per_second=0)
+    try:
+        start = command(room.address), environment()
+        with closing(Terminal(*start, columns=20, rows=10)) as alex:
+            yield alex, meet(room, alex)
+    finally:
+        room.close_peers()
+        room.stop()
+
+
+@pytest.fixture
+def small_chat(one_chat: Chat) -> Chat:
+    """Alex in a window of 20 columns and 10 rows, which is clear, and Bob."""
+    clear(one_chat[0])
+    return one_chat
+
+
+class Caller(Peer):
+    """A client that has called the test's own server."""
+
+    def __init__(self, accepted: socket.socket) -> None:
+        accepted.settimeout(HANG_SECONDS)
+        self.name = ""
+        self.socket = accepted
+        self._lines: deque[bytes] = deque()
+        self._tail = b""
+
+    def give_up(self) -> None:
+        """End the connection as the server does when nobody joins."""
+        self.say("! You have not joined within 120 seconds.")
+        self.close()
+
+
+class Puppet:
+    """A server that does what the test says, and nothing else."""
+
+    def __init__(self, start_piped: StartPiped, start_terminal: StartTerminal) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        # Accepted sockets inherit it: little is on its way unread.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+        self._listener.settimeout(HANG_SECONDS)
+        self._callers: list[Caller] = []
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.piped = partial(start_piped, self.address)
+        self.terminal = partial(start_terminal, self.address)
+
+    def accept(self) -> Caller:
+        """Take the next connection."""
+        self._callers.append(Caller(self._listener.accept()[0]))
+        return self._callers[-1]
+
+    def hear(self, name: str = "Alex") -> Caller:
+        """Take the next connection, which gives this name."""
+        caller = self.accept()
+        assert caller.line() == name
+        return caller
+
+    def welcome(self, name: str = "Alex") -> Caller:
+        """Take the next connection, and the name it gives."""
+        caller = self.hear(name)
+        caller.say(f"* Welcome, {name}!")
+        return caller
+
+    def join(self, alex: Terminal) -> Caller:
+        """Take in Alex, who is at the menu."""
+        alex.type(f"1{ENTER}Alex{ENTER}")
+        caller = self.welcome()
+        wait_for_prompt(alex)
+        return caller
+
+    def close(self) -> None:
+        """Take no more connections, and end those there are; again does nothing."""
+        self._listener.close()
+        for caller in self._callers:
+            caller.close()
+
+
+@pytest.fixture
+def puppet(start_piped: StartPiped, start_terminal: StartTerminal) -> Iterator[Puppet]:
+    """A server that does what the test says, and clients that call it."""
+    with closing(Puppet(start_piped, start_terminal)) as server:
+        yield server
+
+
+# --- the client in pipes ------------------------------------------------------------
 
 
 def test_piped_session_reads_like_one_at_a_terminal(room: Room) -> None:
@@ -211,38 +319,19 @@ def test_piped_session_reads_like_one_at_a_terminal(room: Room) -> None:
 
     status, output = run_client(room.address, "1\nAlex\nHello everyone!\nq\n")
 
-    assert output == [
-        "Connected to server.",
-        "1. Join the chat",
-        "q. Leave the chat",
-        "2. Exit the program",
-        "Enter your choice: 1",
-        "Enter your username: Alex",
-        "Joining the chat as Alex...",
-        "* Welcome, Alex! /help lists the commands. Also online: Bob.",
-        "You: Hello everyone!",
-        "You: q",
-        "Leaving the chat...",
-        "Connection closed.",
-    ]
+    welcome = "* Welcome, Alex! /help lists the commands. Also online: Bob."
+    assert output == [*JOINING, welcome, "You: Hello everyone!", "You: q", *LEFT]
     assert status == 0
-    assert bob.lines(3) == [
-        "* Alex has joined the chat.",
-        "Alex: Hello everyone!",
-        "* Alex has left the chat.",
-    ]
+    assert bob.lines(3) == [HAS_JOINED, "Alex: Hello everyone!", HAS_LEFT]
 
 
 @pytest.mark.parametrize(
     ("typed", "answers", "goodbye", "status"),
     [
-        ("q\n", ["Enter your choice: q"], LEFT, 0),
         (" Q \n", ["Enter your choice:  Q "], LEFT, 0),
-        ("2\n", ["Enter your choice: 2"], EXITED, 0),
         ("\t2 \n", ["Enter your choice:     2 "], EXITED, 0),
         ("q", ["Enter your choice: q"], LEFT, 0),
         ("", [], LEFT, 0),
-        ("1\nq\n", ["Enter your choice: 1", "Enter your username: q"], LEFT, 1),
         (" 1\n Q\n", ["Enter your choice:  1", "Enter your username:  Q"], LEFT, 1),
         ("1\n", ["Enter your choice: 1"], LEFT, 1),
     ],
@@ -253,88 +342,67 @@ def test_pipe_that_leaves_before_the_chat_has_failed_if_it_was_to_join(
     assert run_client(room.address, typed) == (status, [*START, *answers, *goodbye])
 
 
-def test_pipe_whose_names_are_all_refused_has_status_1(room: Room) -> None:
-    status, output = run_client(room.address, "1\n?\n")
+def test_pipe_that_ends_before_the_server_has_answered_leaves(puppet: Puppet) -> None:
+    ended = run(command(puppet.address, impatient(0.03)), "1\nAlex\n")
 
-    assert output[-2:] == LEFT
-    assert status == 1
-
-
-def test_pipe_that_ends_before_the_server_has_answered_leaves(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address, impatient(0.1))
-
-    piped.write("1\nAlex\n")
-    piped.end_input()
-
-    assert piped.end() == (1, [*JOINING, *LEFT])
+    assert ended == (1, [*JOINING, *LEFT], [])
 
 
-@pytest.mark.parametrize("other", ["3", "", "12", "join", "1 1", "ｑ"])
-def test_another_choice_gets_one_line_and_the_menu_again(
-    room: Room, other: str
-) -> None:
-    status, output = run_client(room.address, f"{other}\nq\n")
+def test_another_choice_gets_one_line_and_the_menu_again(room: Room) -> None:
+    others = ["3", "", "12", "join", "1 1", "ｑ"]
 
-    again = output.pop(len(START) + 1)
-    assert all(choice in again for choice in "1q2")
-    assert output == [
-        *START,
-        f"Enter your choice: {other}",
-        *MENU,
-        "Enter your choice: q",
-        *LEFT,
-    ]
+    status, output = run_client(room.address, "\n".join([*others, "q\n"]))
+
     assert status == 0
+    for other in others:
+        turn, output = output[: len(START) + 1], output[len(START) + 1 :]
+        assert turn[1:] == [*MENU, f"Enter your choice: {other}"]
+        assert all(choice in output[0] for choice in "1q2")
+    assert output[1:] == [*MENU, "Enter your choice: q", *LEFT]
 
 
-@pytest.mark.parametrize("choice", ["q", "2"])
-def test_leaving_from_the_menu_has_status_0_when_the_server_is_gone(
-    puppet: Puppet, start_piped: StartPiped, choice: str
+@pytest.mark.parametrize(
+    ("last", "choice", "status", "output"),
+    [
+        ("", "q", 0, LEFT),
+        (FULL, "2", 0, EXITED),
+        (FULL, "1", 1, [FULL]),
+        ("", "1", 1, [REFUSED]),
+        ("! You took too long.", "1", 1, [REFUSED]),
+    ],
+)
+def test_server_that_is_gone_or_full_fails_those_alone_who_choose_to_join(
+    puppet: Puppet, last: str, choice: str, status: int, output: list[str]
 ) -> None:
-    piped = start_piped(puppet.address)
-    piped.output.lines(len(START))
-    puppet.accept().reset()
+    piped = puppet.piped()
+    assert piped.output.lines(len(START)) == START
+    puppet.accept().send(f"{last}\n".lstrip())
     puppet.close()
 
     piped.write(f"{choice}\n")
 
-    goodbye = LEFT if choice == "q" else EXITED
-    assert piped.end() == (0, [f"Enter your choice: {choice}", *goodbye])
+    assert piped.end() == (status, [f"Enter your choice: {choice}", *output])
 
 
-def test_end_of_piped_input_leaves_and_all_is_delivered(room: Room) -> None:
-    bob = room.member("Bob")
-
-    status, output = run_client(room.address, "1\nAlex\nHello everyone!\n")
-
-    assert output[-3:] == ["You: Hello everyone!", *LEFT]
-    assert status == 0
-    assert bob.lines(3)[1:] == ["Alex: Hello everyone!", "* Alex has left the chat."]
-
-
-def test_last_piped_line_without_newline_counts(room: Room) -> None:
-    bob = room.member("Bob")
-
-    status, output = run_client(room.address, "1\nAlex\nHello")
-
-    assert output[-3:] == ["You: Hello", *LEFT]
-    assert status == 0
-    assert bob.lines(3)[1:] == ["Alex: Hello", "* Alex has left the chat."]
-
-
-@pytest.mark.parametrize("quit_line", ["q", "Q", " q "])
-def test_q_leaves_the_chat_and_nothing_after_it_is_sent(
-    room: Room, quit_line: str
+@pytest.mark.parametrize(
+    ("typed", "shown", "heard"),
+    [
+        ("Hello\nthere", ["Hello", "there"], ["Hello", "there"]),
+        (" Q \nx\n", [" Q "], []),
+    ],
+    ids=["its end, without newline", "q, and nothing after it"],
+)
+def test_end_of_piped_input_leaves_as_q_does_and_its_last_line_counts(
+    room: Room, typed: str, shown: list[str], heard: list[str]
 ) -> None:
     bob = room.member("Bob")
 
-    status, output = run_client(room.address, f"1\nAlex\n{quit_line}\nafter\n")
+    status, output = run_client(room.address, f"1\nAlex\n{typed}")
 
-    assert output[-3:] == [f"You: {quit_line}", *LEFT]
+    assert output[len(JOINING) + 1 :] == [*[f"You: {text}" for text in shown], *LEFT]
     assert status == 0
-    assert bob.lines(2)[1:] == ["* Alex has left the chat."]
+    said = [f"Alex: {text}" for text in heard]
+    assert bob.lines(2 + len(heard)) == [HAS_JOINED, *said, HAS_LEFT]
 
 
 def test_prompt_in_a_pipe_appears_only_with_its_answer(
@@ -342,8 +410,7 @@ def test_prompt_in_a_pipe_appears_only_with_its_answer(
 ) -> None:
     """So what others write stays on lines of its own."""
     bob = room.member("Bob")
-    piped = start_piped(room.address)
-    piped.write("1\nAlex\n")
+    piped = start_piped(room.address, "1\nAlex\n")
     piped.output.until("* Welcome")
 
     bob.say("Hi!")
@@ -356,111 +423,72 @@ def test_prompt_in_a_pipe_appears_only_with_its_answer(
     assert piped.end() == (0, ["You: Hello Bob!", "You: q", *LEFT])
 
 
-def test_piped_lines_reach_a_server_that_reads_slowly(
-    puppet: Puppet, start_piped: StartPiped, tmp_path: Path
-) -> None:
-    said = [f"line {number} {'x' * 1000}" for number in range(8000)]
-    everything = tmp_path / "everything"
-    everything.write_text("\n".join(["1", "Alex", *said, ""]))
-    with everything.open() as keyboard, (tmp_path / "out").open("w") as screen:
-        process = subprocess.Popen(
-            command(puppet.address), env=environment(), stdin=keyboard, stdout=screen
-        )
-    caller = puppet.welcome()
-
-    heard = caller.rest()
-
-    caller.close()
-    assert process.wait(HANG_SECONDS) == 0
-    assert heard == [*said, "q"]  # the end of its input leaves as q does
-
-
-def test_piped_client_stays_until_the_server_has_had_its_say(
-    puppet: Puppet, start_piped: StartPiped
+def test_all_that_was_piped_reaches_a_slow_server_which_then_has_its_say(
+    puppet: Puppet,
 ) -> None:
     """Closing earlier could reset the connection, and cost the server lines unread."""
-    piped = start_piped(puppet.address, impatient(0.0))
-    piped.write("1\nAlex\nHello everyone!\nq\n")
-    caller = puppet.welcome()
-    piped.output.until("Leaving the chat...")
-    assert caller.rest() == ["Hello everyone!", "q"]
+    said = [f"line {number} {'x' * 1000}" for number in range(6000)]
+    with ThreadPoolExecutor() as pool:
+        typed = "".join(f"{line}\n" for line in ["1", "Alex", *said])
+        ended = pool.submit(run, command(puppet.address, impatient(0)), typed)
+        caller = puppet.welcome()
 
-    with pytest.raises(subprocess.TimeoutExpired):
-        piped.process.wait(0.2)
-    caller.say("* Still here.")
-    caller.close()
+        assert caller.rest() == [*said, "q"]  # the end of its input leaves as q does
+        with pytest.raises(TimeoutError):
+            ended.result(0.2)
+        caller.say("* Still here.")
+        caller.close()
 
-    assert piped.end() == (0, ["* Still here.", "Connection closed."])
-
-
-def test_interrupted_piped_client_leaves_with_status_130(
-    room: Room, start_piped: StartPiped
-) -> None:
-    bob = room.member("Bob")
-    piped = start_piped(room.address)
-    piped.write("1\nAlex\n")
-    piped.output.until("* Welcome")
-
-    piped.process.send_signal(signal.SIGINT)
-
-    assert piped.end() == (130, LEFT)
-    assert bob.lines(2)[1:] == ["* Alex has left the chat."]
+    status, output, _ = ended.result()
+    assert (status, output[-3:]) == (0, [LEFT[0], "* Still here.", LEFT[1]])
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("moment", ["Enter your choice", "Joining", "* Welcome"])
-def test_two_interrupts_at_once_end_a_piped_client_with_status_130(
-    room: Room, start_piped: StartPiped, moment: str
+def test_interrupted_piped_client_leaves_with_status_130(
+    room: Room, start_piped: StartPiped, moment: str, times: int
 ) -> None:
-    """Neither a traceback nor a receiver that nobody wakes, wherever they come.
-
-    The second one may end it before it has said goodbye.
-    """
-    piped = start_piped(room.address)
-    piped.write("1\nAlex\n")
+    """A second interrupt may end it before it has said goodbye, but not loudly."""
+    piped = start_piped(room.address, "1\nAlex\n")
     piped.output.until(moment)
 
-    piped.process.send_signal(signal.SIGINT)
-    piped.process.send_signal(signal.SIGINT)
+    for _ in range(times):
+        piped.process.send_signal(signal.SIGINT)
 
-    assert piped.end()[0] == 130
+    status, output = piped.end()
+    assert status == 130
+    assert times == 2 or output[-1] == LEFT[-1]
+    room.connect().join("Alex")  # the name is free again
 
 
 def test_piped_client_ends_by_itself_when_the_server_does(
     room: Room, start_piped: StartPiped
 ) -> None:
-    piped = start_piped(room.address)
-    piped.write("1\nAlex\n")
+    piped = start_piped(room.address, "1\nAlex\n")
     piped.output.until("* Welcome")
 
     room.stop()
 
-    assert piped.end() == (
-        1,
-        [
-            "* Server is shutting down.",
-            "Connection lost: the server closed the connection.",
-        ],
-    )
+    assert piped.end() == (1, ["* Server is shutting down.", LOST])
 
 
 def test_refused_lines_do_not_touch_the_lines_around_them(room: Room) -> None:
-    """What is not UTF-8, and what is too long, however long."""
+    """What is not UTF-8, and what is too long, but not what only cleaning makes so."""
     bob = room.member("Bob")
     refused = [b"\xff\xfe", b"x" * 4097, b"x" * 1_000_000, b"\xc3"]
-    typed = b"\n".join([b"1", b"Alex", b"before", *refused, b"after", b"q"])
+    tabs = b"\t" * 2000 + b"x"
+    typed = b"\n".join([b"1", b"Alex", b"before", *refused, tabs, b"after", b"q"])
 
     status, output = run_client(room.address, typed)
 
     assert status == 0
-    assert bob.lines(3)[1:] == ["Alex: before", "Alex: after"]
+    said = ["Alex: before", f"Alex: {' ' * 8000}x", "Alex: after"]
+    assert bob.lines(4)[1:] == said
     refusals = sorted(line for line in output if line.startswith("!"))
     assert refusals == [
         *["! That line is longer than 4096 bytes."] * 2,
         *["! That line is not UTF-8."] * 2,
     ]
-
-
-# --- names, and servers that end a connection ---------------------------------------
 
 
 def test_refused_name_gets_the_reason_and_is_asked_for_again(room: Room) -> None:
@@ -469,528 +497,262 @@ def test_refused_name_gets_the_reason_and_is_asked_for_again(room: Room) -> None
     status, output = run_client(room.address, "1\nBob\n\n\tAlex \nq\n")
 
     assert status == 0
-    blank = output.pop(9)
-    assert "name" in blank
+    assert "name" in output.pop(9)  # what is said of the blank one
     assert output == [
-        *START,
-        "Enter your choice: 1",
-        "Enter your username: Bob",
-        "Joining the chat as Bob...",
-        "! The name Bob is taken.",
-        "Enter your username: ",
-        "Enter your username:     Alex ",
-        "Joining the chat as Alex...",
-        "* Welcome, Alex! /help lists the commands. Also online: Bob.",
-        "You: q",
-        *LEFT,
+        *[*START, "Enter your choice: 1"],
+        *["Enter your username: Bob", "Joining the chat as Bob..."],
+        *["! The name Bob is taken.", "Enter your username: "],
+        *["Enter your username:     Alex ", "Joining the chat as Alex..."],
+        *[f"{WELCOME}Bob.", "You: q", *LEFT],
     ]
 
 
-def test_client_connects_again_after_the_last_refused_name(room: Room) -> None:
-    """The server closes the connection after five."""
-    status, output = run_client(room.address, "1\n" + "?\n" * 5 + "Alex\nq\n")
-
-    assert status == 0
-    assert sum(line.startswith("! ") for line in output) == 5
-    assert output[-4:] == [
-        "* Welcome, Alex! /help lists the commands. Also online: nobody yet.",
-        "You: q",
-        *LEFT,
-    ]
-
-
-def end_quietly(caller: Caller) -> None:
-    """End a connection with a FIN."""
-    caller.close()
-
-
-def end_with_a_reset(caller: Caller) -> None:
-    """End a connection with a RST."""
-    caller.reset()
-
-
-def end_with_a_reason(caller: Caller) -> None:
-    """End a connection as the server does when nobody joins."""
-    caller.say("! You have not joined within 120 seconds.")
-    caller.close()
-
-
-ENDINGS = pytest.mark.parametrize(
-    "end", [end_quietly, end_with_a_reset, end_with_a_reason]
+@pytest.mark.parametrize(
+    ("last", "status", "end"),
+    [("Alex\nq\n", 0, [f"{WELCOME}Fuller.", "You: q", *LEFT]), ("", 1, LEFT)],
 )
-
-
-@ENDINGS
-def test_connection_that_ended_at_the_menu_is_made_again(
-    puppet: Puppet, start_piped: StartPiped, end: Callable[[Caller], None]
+def test_client_connects_again_after_the_last_refused_name(
+    room: Room, last: str, status: int, end: list[str]
 ) -> None:
-    piped = start_piped(puppet.address)
-    piped.output.lines(len(START))
-    end(puppet.accept())
-
-    piped.write("1\nAlex\nHello\nq\n")
-
-    caller = puppet.welcome()
-    assert caller.name == "Alex"
-    assert caller.lines(2) == ["Hello", "q"]
-    caller.close()
-    welcome = "* Welcome, Alex!"
-    assert sorted(piped.end()[1]) == sorted(
-        [*NAMED, JOINING[-1], welcome, "You: Hello", "You: q", *LEFT]
-    )
-
-
-@ENDINGS
-def test_server_that_cannot_be_reached_again_from_the_menu_ends_the_client(
-    puppet: Puppet, start_piped: StartPiped, end: Callable[[Caller], None]
-) -> None:
-    piped = start_piped(puppet.address)
-    piped.output.lines(len(START))
-    end(puppet.accept())
-    puppet.close()
-
-    piped.write("1\n")
-
-    lost = "Connection lost: Connection refused."
-    assert piped.end() == (1, ["Enter your choice: 1", lost])
-
-
-def test_full_server_says_so_once_1_was_chosen(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address)
-    assert piped.output.lines(len(START)) == START
-    caller = puppet.accept()
-    caller.say(f"! {FULL}")
-    caller.close()
-
-    piped.write("1\n")
-
-    assert piped.end() == (1, ["Enter your choice: 1", f"! {FULL}"])
-
-
-def test_refused_name_with_full_in_it_is_asked_for_again(
-    start_room: Callable[..., Room],
-) -> None:
-    room = start_room()
-    room.member("Full")
-
-    status, output = run_client(room.address, "1\nfull\nAlex\nq\n")
-
-    assert status == 0
-    assert "! The name full is taken." in output
-    assert "Joining the chat as Alex..." in output
-
-
-def test_five_refusals_of_a_name_with_full_in_it_lead_to_a_new_connection(
-    start_room: Callable[..., Room],
-) -> None:
-    room = start_room()
+    """The server closes the connection after five; what they say is not looked into."""
     room.member("Fuller")
 
-    status, output = run_client(room.address, "1\n" + "fuller\n" * 5 + "Alex\nq\n")
+    ended, output = run_client(room.address, "1\n" + "fuller\n" * 5 + last)
 
-    assert status == 0
-    assert output[-3:] == ["You: q", *LEFT]
-
-
-def test_line_that_cleaning_makes_longer_is_not_too_long(
-    start_room: Callable[..., Room],
-) -> None:
-    room = start_room()
-    bob = room.member("Bob")
-
-    run_client(room.address, "1\nAlex\n" + "\t" * 2000 + "x\nq\n")
-
-    assert bob.gather(lambda line: ":" in line) == "Alex: " + " " * 8000 + "x"
-
-
-def test_real_server_that_is_full_ends_the_client(
-    start_room: Callable[..., Room],
-) -> None:
-    room = start_room(max_clients=1)
-    room.member("Bob")
-
-    status, output = run_client(room.address, "1\nAlex\nHello\n")
-
-    assert status == 1
-    assert output[-1] == f"! {FULL}"
-
-
-@pytest.mark.parametrize("choice", ["q", "2"])
-def test_leaving_from_the_menu_of_a_full_server_has_status_0(
-    start_room: Callable[..., Room], choice: str
-) -> None:
-    room = start_room(max_clients=1)
-    room.member("Bob")
-
-    status, output = run_client(room.address, f"{choice}\n")
-
-    assert status == 0
-    goodbye = LEFT if choice == "q" else EXITED
-    assert output == [*START, f"Enter your choice: {choice}", *goodbye]
+    assert ended == status
+    assert sum(line.startswith("! The name fuller is taken.") for line in output) == 5
+    assert output[-len(end) :] == end
 
 
 # --- what servers send --------------------------------------------------------------
 
 
-@pytest.fixture
-def joined(puppet: Puppet, start_piped: StartPiped) -> tuple[Caller, PipedClient]:
-    """A client in pipes that has joined, and the server's end of its connection."""
-    piped = start_piped(puppet.address)
-    piped.write("1\nAlex\n")
+AT_LIMIT = "x" * 32 * 1024
+FROM_SERVER = {
+    b"Bob: \x1b[2J\x1b]0;title\x07Hi": "Bob: \ufffd[2J\ufffd]0;title\ufffdHi",
+    b"B\x1bob: \xc2\x9b31m\x7f\b": "B\ufffdob: \ufffd31m\ufffd\ufffd",
+    b"* \x1b[31mred\x1b[m": "* \ufffd[31mred\ufffd[m",
+    b"! \x1bc": "! \ufffdc",
+    b"\x1bc": "\ufffdc",
+    b"Bob: a\rb\tc": "Bob: a\ufffdb    c",
+    "Bob: \u202eiH\u2028".encode(): "Bob: \ufffdiH\ufffd",
+    b"Bob: \xff\xc3": "Bob: \ufffd\ufffd",
+    "Bob: 👩\u200d👩\u200d👧 é ｑ".encode(): "Bob: 👩\u200d👩\u200d👧 é ｑ",
+    b"": "",
+    b"neither a notice nor a message": "neither a notice nor a message",
+    AT_LIMIT.encode(): AT_LIMIT,
+    f"{AT_LIMIT}\r".encode(): AT_LIMIT,
+    f"{AT_LIMIT}x".encode(): f"{AT_LIMIT}…",
+    f"{AT_LIMIT}x\r".encode(): f"{AT_LIMIT}…",
+    f"{AT_LIMIT[1:]}é".encode(): f"{AT_LIMIT[1:]}…",
+    AT_LIMIT.encode() * 100: f"{AT_LIMIT}…",
+}
+
+
+def test_line_from_the_server_is_cleaned_and_cut_at_32_kibibytes_before_it_is_shown(
+    puppet: Puppet,
+) -> None:
+    piped = puppet.piped("1\nAlex\n")
     caller = puppet.welcome()
     piped.output.until("* Welcome")
-    return caller, piped
+
+    for line, shown in FROM_SERVER.items():
+        caller.send(line + b"\n")
+        assert piped.output.line() == shown
 
 
-@pytest.mark.parametrize(
-    ("line", "shown"),
-    [
-        (b"Bob: \x1b[2J\x1b]0;title\x07Hi", "Bob: \ufffd[2J\ufffd]0;title\ufffdHi"),
-        (b"B\x1bob: \xc2\x9b31m\x7f\b", "B\ufffdob: \ufffd31m\ufffd\ufffd"),
-        (b"* \x1b[31mred\x1b[m", "* \ufffd[31mred\ufffd[m"),
-        (b"! \x1bc", "! \ufffdc"),
-        (b"\x1bc", "\ufffdc"),
-        (b"Bob: a\rb", "Bob: a\ufffdb"),
-        (b"Bob: a\tb", "Bob: a    b"),
-        ("Bob: \u202eiH\u2028".encode(), "Bob: \ufffdiH\ufffd"),
-        (b"Bob: \xff\xc3", "Bob: \ufffd\ufffd"),
-        ("Bob: 👩\u200d👩\u200d👧 é ｑ".encode(), "Bob: 👩\u200d👩\u200d👧 é ｑ"),
-        (b"", ""),
-        (b"neither a notice nor a message", "neither a notice nor a message"),
-    ],
-)
-def test_line_from_the_server_is_cleaned_before_it_is_shown(
-    joined: tuple[Caller, PipedClient], line: bytes, shown: str
+def test_lines_in_pieces_are_shown_whole_and_an_endless_one_as_soon_as_it_is_cut(
+    puppet: Puppet,
 ) -> None:
-    caller, piped = joined
+    """A line of no kind before the answer to the name is no answer."""
+    piped = puppet.piped("1\nAlex\n")
+    caller = puppet.hear()
 
-    caller.send(line + b"\n")
-
-    assert piped.output.line() == shown
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("x" * 32_762, "x" * 32_762),
-        ("x" * 32_763, "x" * 32_763),
-        ("x" * 32_763 + "\r", "x" * 32_763),
-        ("x" * 32_764, "x" * 32_763 + "…"),
-        ("x" * 32_764 + "\r", "x" * 32_763 + "…"),
-        ("é" * 16_382, "é" * 16_381 + "…"),
-        ("x" * 3_000_000, "x" * 32_763 + "…"),
-    ],
-    ids=["below", "at", "at, CR LF", "above", "above, CR LF", "in a character", "far"],
-)
-def test_line_from_the_server_is_cut_at_32_kibibytes(
-    joined: tuple[Caller, PipedClient], text: str, shown: str
-) -> None:
-    caller, piped = joined
-
-    caller.send(f"Bob: {text}\nBob: next\n")
-
-    assert piped.output.lines(2) == [f"Bob: {shown}", "Bob: next"]
-
-
-def test_beginning_of_an_endless_line_is_shown_before_its_end(
-    joined: tuple[Caller, PipedClient],
-) -> None:
-    caller, piped = joined
-
-    caller.send("x" * 40_000)
-
-    assert piped.output.line() == "x" * 32_768 + "…"
-
-
-def test_lines_in_pieces_are_shown_whole(joined: tuple[Caller, PipedClient]) -> None:
-    caller, piped = joined
-
-    caller.send(b"Bob: one\nBob: t")
-    first = piped.output.line()
+    caller.send("Hi there.\n* Welcome!\n* Bob has joined the chat.\nBob: one\nBob: t")
+    piped.output.until("* Welcome!")
+    assert piped.output.lines(2) == ["* Bob has joined the chat.", "Bob: one"]
+    piped.write("Hello\n")
+    assert piped.output.line() == "You: Hello"
     caller.send(b"wo \xe2\x82")
     caller.send(b"\xac\r\n")
+    assert piped.output.line() == "Bob: two €"
+    caller.send("x" * 40_000)
 
-    assert [first, piped.output.line()] == ["Bob: one", "Bob: two €"]
-
-
-def test_lines_right_behind_the_welcome_are_shown(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address)
-    piped.write("1\nAlex\n")
-    caller = puppet.accept()
-    assert caller.line() == "Alex"
-
-    caller.send("* Welcome!\n* Bob has joined the chat.\nBob: Hi!\nBob: H")
-
-    piped.output.until("* Welcome!")
-    assert piped.output.lines(2) == ["* Bob has joined the chat.", "Bob: Hi!"]
+    assert piped.output.line() == f"{AT_LIMIT}…"
 
 
 # --- the start ----------------------------------------------------------------------
 
 
-def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `python client.py` to its end, for a start that fails."""
-    return subprocess.run(
-        [sys.executable, *PROGRAM, *arguments],
-        check=False,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-
-
-def test_no_server_is_one_line_that_says_where_and_why() -> None:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # nobody else has the port, and nobody listens
-        port = str(bound.getsockname()[1])
-
-        run = run_program("--port", port)
-
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.count("\n") == 1
-    for part in "127.0.0.1", port, "Connection refused":
-        assert part in run.stderr
-
-
 @pytest.mark.parametrize(
-    "arguments",
+    ("flags", "status", "parts"),
     [
-        ["--port", "0"],
-        ["--port", "65536"],
-        ["--port", "http"],
-        ["--port"],
-        ["--por", "12345"],
-        ["--name", "Alex"],
-        ["localhost"],
+        (["--port", "1"], 1, ["127.0.0.1", "port 1:", "Connection refused"]),
+        (["--host", ""], 1, ["''", "12345", "--host"]),
+        (["--host", "a..b"], 1, ["a..b", "12345", "--host"]),
+        (["--host", "no-such-host.invalid"], 1, ["no-such-host.invalid", "--host"]),
+        (["--port", "0"], 2, ["'0'", "1 to 65535", "--help"]),
+        (["--por", "12345"], 2, ["--por", "--help"]),
+        (["localhost"], 2, ["localhost", "--help"]),
     ],
 )
-def test_bad_flag_is_one_line_and_status_2(arguments: list[str]) -> None:
-    run = run_program(*arguments)
+def test_start_that_fails_is_one_line_that_says_where_and_why(
+    flags: list[str], status: int, parts: list[str]
+) -> None:
+    ended, output, errors = run([sys.executable, *PROGRAM, *flags])
 
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.count("\n") == 1
-    assert "--help" in run.stderr
+    assert (ended, output, len(errors)) == (status, [], 1)
+    assert [part for part in parts if part not in errors[0]] == []
 
 
 def test_help_explains_every_flag_with_its_default() -> None:
-    run = run_program("--help")
+    status, output, errors = run([sys.executable, *PROGRAM, "--help"])
 
-    assert (run.returncode, run.stderr) == (0, "")
-    explained = " ".join(run.stdout.split())
-    for part in (
-        "--host",
-        "default: 127.0.0.1",
-        "--port",
-        "1 to 65535",
-        "default: 12345",
-        "--times",
-        "--bell",
-    ):
+    assert (status, errors) == (0, [])
+    explained = " ".join(" ".join(output).split())
+    flags = ["--host", "default: 127.0.0.1", "--port", "1 to 65535", "default: 12345"]
+    for part in [*flags, "--times", "--bell"]:
         assert part in explained
 
 
-def test_client_reaches_an_ipv6_address(start_room: Callable[..., Room]) -> None:
+def test_client_reaches_an_ipv6_address_in_brackets(
+    start_room: Callable[..., Room],
+) -> None:
     try:
         room = start_room("::1")
     except OSError:
         pytest.skip("no IPv6 here")
+    flags = ["--host", "[::1]", "--port", room.address.rpartition(":")[2]]
 
-    status, output = run_client(room.address, "1\nAlex\nq\n")
+    status, output, _ = run([sys.executable, *PROGRAM, *flags], "1\nAlex\nq\n")
 
     assert status == 0
-    assert (
-        "* Welcome, Alex! /help lists the commands. Also online: nobody yet." in output
-    )
+    assert f"{WELCOME}nobody yet." in output
 
 
-# --- the client on a terminal -------------------------------------------------------
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_stream_without_a_descriptor_is_no_reason_for_a_traceback(
+    room: Room, closed: str
+) -> None:
+    ended = run(command(room.address), "1\nAlex\nq\n", f'exec "$@" {closed}')
 
-StartTerminal = Callable[..., Terminal]
-Chat = Callable[..., tuple[Terminal, Peer]]
-
-
-@pytest.fixture
-def start_terminal(no_leaks: None) -> Iterator[StartTerminal]:
-    """Start clients on terminals; on leaving they are killed.
-
-    Whatever happens to them, nothing may appear on their stderr.
-    """
-    terminals: list[Terminal] = []
-
-    def start(
-        address: str,
-        program: list[str] = PROGRAM,
-        *,
-        shell: str = "",
-        columns: int = 80,
-        rows: int = 24,
-        **variables: str,
-    ) -> Terminal:
-        wrapper = ["sh", "-c", shell, "sh"] if shell else []
-        terminal = Terminal(
-            [*wrapper, *command(address, program)],
-            environment(**variables),
-            columns=columns,
-            rows=rows,
-        )
-        terminals.append(terminal)
-        return terminal
-
-    yield start
-    for terminal in terminals:
-        terminal.close()
-    assert [terminal.errors for terminal in terminals] == [""] * len(terminals)
+    assert ended[::2] == (0, [])
 
 
-def go_to(place: str, alex: Terminal) -> None:
-    """Go to the menu, to the name, or into the chat."""
-    alex.wait_for("Enter your choice:")
-    if place != "menu":
-        alex.type(f"1{ENTER}")
-        alex.wait_for("Enter your username:")
-    if place == "chat":
-        alex.type(f"Alex{ENTER}")
-        alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
+@pytest.mark.parametrize("files", [5, 6, 7, 9])
+def test_too_few_descriptors_are_one_line(room: Room, files: int) -> None:
+    shell = f'ulimit -n {files} && exec "$@"'
+
+    status, _, errors = run(command(room.address), "q\n", shell)
+
+    assert (status, len(errors)) in ((0, 0), (1, 1))
 
 
-def join(puppet: Puppet, alex: Terminal) -> Caller:
-    """Let Alex join the test's own server; return its end of the connection."""
-    go_to("menu", alex)
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    caller = puppet.welcome()
-    alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
-    return caller
+def test_ctrl_c_while_python_imports_is_silent(tmp_path: Path) -> None:
+    for name in "client.py", "protocol.py":
+        (tmp_path / name).write_text((PROJECT / name).read_text())
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "argparse.py").write_text(interrupt)
+
+    ended = run([sys.executable, str(tmp_path / "client.py")])
+
+    assert ended == (-signal.SIGINT, [], [])
 
 
-@pytest.fixture
-def chat(room: Room, start_terminal: StartTerminal) -> Chat:
-    """Let Alex join on a terminal, with a clear screen, and Bob without one."""
+def test_old_python_is_one_line_that_says_what_is_needed() -> None:
+    old = "import runpy, sys; sys.version_info = (3, 10); "
+    run_it = f"runpy.run_path({PROGRAM[0]!r}, run_name='__main__')"
 
-    def start(**options: int | str) -> tuple[Terminal, Peer]:
-        bob = room.member("Bob")
-        alex = start_terminal(room.address, **options)
-        go_to("chat", alex)
-        assert bob.line() == "* Alex has joined the chat."
-        alex.type(CTRL_L)
-        assert alex.shows(["You:"], cursor=(0, 5))
-        alex.screen.scrolled_off.clear()
-        return alex, bob
+    status, _, errors = run([sys.executable, "-c", old + run_it])
 
-    return start
+    assert (status, len(errors)) == (1, 1)
+    assert "3.11" in errors[0]
 
 
-def test_session_at_a_terminal(room: Room, start_terminal: StartTerminal) -> None:
+TERMINALS = pytest.mark.parametrize("kind", ["xterm", "dumb"])
+
+
+@TERMINALS
+def test_session_at_a_terminal_which_gets_plain_lines_if_it_is_dumb(
+    room: Room, start_terminal: StartTerminal, kind: str
+) -> None:
     bob = room.member("Bob")
-    alex = start_terminal(room.address)
-    alex.wait_for("Enter your choice:")
-    alex.type("1\r")
-    alex.wait_for("Enter your username:")
-    alex.type("Alex\r")
-    alex.wait_for("You:")
-    alex.type("Hello everyone!\r")
-    assert bob.lines(2)[1:] == ["Alex: Hello everyone!"]
+    alex = start_terminal(room.address, at="chat", TERM=kind)
     bob.say("Hi Alex!")
-    alex.wait_for("Hi Alex!")
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["Bob: Hi Alex!", "You:"])
+    alex.type(f"Hello everyone!{ENTER}")
+    assert bob.lines(2)[1:] == ["Alex: Hello everyone!"]
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["You: Hello everyone!", "You:"])
 
-    alex.type("q\r")
+    alex.type(f"q{ENTER}")
 
     assert alex.end() == 0
-    assert alex.screen.rows == [
-        "Connected to server.",
-        "1. Join the chat",
-        "q. Leave the chat",
-        "2. Exit the program",
-        "Enter your choice: 1",
-        "Enter your username: Alex",
-        "Joining the chat as Alex...",
-        "* Welcome, Alex! /help lists the commands. Also online: Bob.",
-        "You: Hello everyone!",
+    assert bob.line() == HAS_LEFT
+    prompt = ["You:"] if kind == "dumb" else []  # stays, and comes again
+    talk = [
+        f"{WELCOME}Bob.",
+        *prompt,
         "Bob: Hi Alex!",
+        "You: Hello everyone!",
         "You: q",
-        "Leaving the chat...",
-        "Connection closed.",
-        "",
     ]
-    assert bob.line() == "* Alex has left the chat."
+    assert alex.screen.rows == [*JOINING, *talk, *LEFT, ""]
+    assert (ESCAPE in alex.output) == (kind == "xterm")
 
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+def test_whole_session_can_be_typed_ahead_or_pasted_without_brackets(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address)
+    lines = [f"line {number} of the paste: ä日{'x' * 100}" for number in range(30)]
+
+    alex.type("".join(f"{line}{ENTER}" for line in ["1", "Alex", *lines, "q"]))
+
+    assert alex.end() == 0
+    assert bob.lines(32) == [HAS_JOINED, *[f"Alex: {line}" for line in lines], HAS_LEFT]
+
+
+A_Z = "abcdefghijklmnopqrstuvwxyz"
 FIRST_ROW = "You: abcdefghijklmno"
-ON_SCREEN = pytest.mark.parametrize(
-    ("typed", "keys", "rows", "cursor"),
-    [
-        ("hello", "", ["You: hello"], (0, 10)),
-        ("hello", ARROW_LEFT * 2, ["You: hello"], (0, 8)),
-        ("", "", ["You:"], (0, 5)),
-        ("日本語", ARROW_LEFT, ["You: 日本語"], (0, 9)),
-        ("e\u0301a\u0308o", ARROW_LEFT * 2, ["You: e\u0301a\u0308o"], (0, 6)),
-        (ALPHABET, "", [FIRST_ROW, "pqrstuvwxyz"], (1, 11)),
-        (ALPHABET, ARROW_LEFT * 10, [FIRST_ROW, "pqrstuvwxyz"], (1, 1)),
-        (ALPHABET, ARROW_LEFT * 11, [FIRST_ROW, "pqrstuvwxyz"], (1, 0)),
-        (ALPHABET, ARROW_LEFT * 12, [FIRST_ROW, "pqrstuvwxyz"], (0, 19)),
-        (
-            ALPHABET * 2,
-            ARROW_LEFT * 30,
-            [FIRST_ROW, "pqrstuvwxyzabcdefghi", "jklmnopqrstuvwxyz"],
-            (1, 7),
-        ),
-        (ALPHABET[:15], "", [FIRST_ROW, ""], (1, 0)),
-        (ALPHABET[:15], ARROW_LEFT, [FIRST_ROW], (0, 19)),
-        (ALPHABET + "012345678", "", [FIRST_ROW, "pqrstuvwxyz012345678", ""], (2, 0)),
-        (ALPHABET[:14] + "日", "", ["You: abcdefghijklmn", "日"], (1, 2)),
-        (ALPHABET[:14] + "日", ARROW_LEFT, ["You: abcdefghijklmn", "日"], (1, 0)),
-        (
-            ALPHABET[:14] + "e\u0301",
-            "",
-            ["You: abcdefghijklmne\u0301", ""],
-            (1, 0),
-        ),
-        (
-            "日本語" * 5,
-            ARROW_LEFT * 8,
-            ["You: 日本語日本語日", "本語日本語日本語"],
-            (1, 0),
-        ),
-    ],
-    ids=[
-        "cursor at the end",
-        "cursor in the middle",
-        "nothing",
-        "wide",
-        "combining",
-        "two rows",
-        "two rows, cursor in the second",
-        "two rows, cursor at the margin",
-        "two rows, cursor in the first",
-        "three rows",
-        "a full row",
-        "a full row, cursor in it",
-        "two full rows",
-        "wide at the margin",
-        "wide at the margin, cursor on it",
-        "combining at the margin",
-        "two rows, wide",
-    ],
-)
+WIDE = "日本語"
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["above", "at the bottom"])
-@ON_SCREEN
+@pytest.mark.parametrize(
+    ("typed", "keys", "rows", "cursor"),
+    [
+        ("hello", "", ["You: hello"], (0, 10)),
+        ("hello", LEFT_KEY * 2, ["You: hello"], (0, 8)),
+        ("", "", ["You:"], (0, 5)),
+        ("日本語", LEFT_KEY, ["You: 日本語"], (0, 9)),
+        ("e\u0301a\u0308o", LEFT_KEY * 2, ["You: e\u0301a\u0308o"], (0, 6)),
+        # More than a row, and the cursor in the second, at the margin, in the first.
+        (A_Z, LEFT_KEY * 10, [FIRST_ROW, "pqrstuvwxyz"], (1, 1)),
+        (A_Z, LEFT_KEY * 11, [FIRST_ROW, "pqrstuvwxyz"], (1, 0)),
+        (A_Z, LEFT_KEY * 12, [FIRST_ROW, "pqrstuvwxyz"], (0, 19)),
+        (A_Z * 2, LEFT_KEY * 30, [FIRST_ROW, f"{A_Z[15:]}{A_Z[:9]}", A_Z[9:]], (1, 7)),
+        # A row, and two, that are just full.
+        (A_Z[:15], "", [FIRST_ROW, ""], (1, 0)),
+        (A_Z[:15], LEFT_KEY, [FIRST_ROW], (0, 19)),
+        (A_Z + "012345678", "", [FIRST_ROW, "pqrstuvwxyz012345678", ""], (2, 0)),
+        # At the margin a wide and a combining character.
+        (A_Z[:14] + "日", "", ["You: abcdefghijklmn", "日"], (1, 2)),
+        (A_Z[:14] + "日", LEFT_KEY, ["You: abcdefghijklmn", "日"], (1, 0)),
+        (A_Z[:14] + "e\u0301", "", ["You: abcdefghijklmne\u0301", ""], (1, 0)),
+        (WIDE * 5, LEFT_KEY * 8, [f"You: {WIDE * 2}日", f"本語{WIDE * 2}"], (1, 0)),
+    ],
+    ids=ascii,
+)
 def test_lines_of_others_appear_above_the_line_being_typed(
-    chat: Chat,
+    small_chat: Chat,
     typed: str,
     keys: str,
     rows: list[str],
     cursor: tuple[int, int],
     full: bool,
 ) -> None:
-    alex, bob = chat(columns=20, rows=10)
+    alex, bob = small_chat
     earlier = [f"Bob: {number}" for number in range(12 if full else 0)]
     for line in earlier:
         bob.say(line.removeprefix("Bob: "))
@@ -1004,29 +766,25 @@ def test_lines_of_others_appear_above_the_line_being_typed(
 
     others = ["Bob: hi", "Bob: this is longer", "than a row", "Bob: 日本語日本語日"]
     above = [*earlier, *others]
-    row = len(above) + cursor[0]
     alex.wait_until(lambda: alex.screen.everything == [*above, *rows])
-    alex.wait_until(lambda: alex.screen.cursor_in_everything == (row, cursor[1]))
+    row = len(above) - len(alex.screen.scrolled_off) + cursor[0]
+    alex.wait_until(lambda: alex.screen.cursor == (row, cursor[1]))
+    alex.type(ENTER)
     if typed:
-        alex.type(ENTER)
         assert bob.line() == f"Alex: {typed}"
-        sent = [*above, *filter(None, rows), "You:"]
-        alex.wait_until(lambda: alex.screen.everything == sent)
+    sent = [*above, *(row for row in rows if row), "You:"]
+    alex.wait_until(lambda: alex.screen.everything == sent)
 
 
-def folded(text: str, columns: int) -> list[str]:
-    """Return the rows that a line of narrow characters fills."""
-    return [text[start : start + columns] for start in range(0, len(text), columns)]
-
-
-def test_line_taller_than_the_screen_is_sent_and_shown_once(chat: Chat) -> None:
-    alex, bob = chat(columns=20, rows=10)
+def test_line_taller_than_the_screen_is_sent_and_shown_once(small_chat: Chat) -> None:
+    alex, bob = small_chat
     typed = " ".join(f"word{number}" for number in range(60))
-    rows = folded(f"You: {typed}", 20)
+    line = f"You: {typed}"
+    rows = [line[start : start + 20].rstrip() for start in range(0, len(line), 20)]
     assert len(rows) > 20
 
     alex.type(typed)
-    alex.wait_until(lambda: alex.screen.rows[-1] == rows[-1])
+    wait_for_prompt(alex, rows[-1])
     bob.say("hi")
     alex.wait_until(lambda: "Bob: hi" in alex.screen.everything)
     alex.type(CTRL_A)
@@ -1037,14 +795,14 @@ def test_line_taller_than_the_screen_is_sent_and_shown_once(chat: Chat) -> None:
     alex.type(ENTER)
 
     assert bob.line() == f"Alex: {typed}"
-    assert first_rows[-9:] == [row.rstrip() for row in rows[:9]]
-    shown = ["Bob: hi", "Bob: ho", *[row.rstrip() for row in rows], "You:"]
+    assert first_rows[-9:] == rows[:9]
+    shown = ["Bob: hi", "Bob: ho", *rows, "You:"]
     alex.wait_until(lambda: alex.screen.everything == shown)
 
 
-def test_line_can_be_changed_in_the_middle_of_its_rows(chat: Chat) -> None:
-    alex, bob = chat(columns=20, rows=10)
-    alex.type(ALPHABET + ARROW_LEFT * 20)
+def test_line_can_be_changed_in_the_middle_of_its_rows(small_chat: Chat) -> None:
+    alex, bob = small_chat
+    alex.type(A_Z + LEFT_KEY * 20)
     assert alex.shows([FIRST_ROW, "pqrstuvwxyz"], cursor=(0, 11))
 
     alex.type("0123456789" * 2)
@@ -1060,503 +818,446 @@ def test_line_can_be_changed_in_the_middle_of_its_rows(chat: Chat) -> None:
 
 # --- editing ------------------------------------------------------------------------
 
-
-class Typist:
-    """Someone in the chat who types a line, and someone else who reads it."""
-
-    def __init__(self) -> None:
-        self._room = Room(lines_per_second=0)
-        self._reader = self._room.member("Bob")
-        self._alex = Terminal(command(self._room.address), environment())
-        go_to("chat", self._alex)
-        self._reader.line()
-
-    def sends(self, keys: str | bytes) -> str:
-        """Type keys and Enter; return the message that arrives."""
-        self._alex.type(keys)
-        self._alex.type(ENTER)
-        return self._reader.line().removeprefix("Alex: ")
-
-    def close(self) -> None:
-        """Leave."""
-        self._alex.close()
-        self._room.close_peers()
-        self._room.stop()
-        assert self._alex.errors == ""
-
-
-@pytest.fixture(scope="module")
-def typist() -> Iterator[Typist]:
-    """One for all of these tests, each of which ends its line."""
-    someone = Typist()
-    yield someone
-    someone.close()
-
-
-LEFT_KEYS = [ARROW_LEFT, "\x1bOD", "\x02"]
-RIGHT_KEYS = [ARROW_RIGHT, "\x1bOC", "\x06"]
-HOME_KEYS = ["\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~", CTRL_A]
-END_KEYS = ["\x1b[F", "\x1bOF", "\x1b[4~", "\x1b[8~", "\x05"]
-DELETE_KEYS = ["\x1b[3~", CTRL_D]
-BACKSPACE_KEYS = [BACKSPACE, "\x08"]
-CTRL_K, CTRL_U, CTRL_W = "\x0b", "\x15", "\x17"
-WORD_LEFT_KEYS = ["\x1bb", "\x1b[1;5D", "\x1b[1;3D"]
-WORD_RIGHT_KEYS = ["\x1bf", "\x1b[1;5C", "\x1b[1;3C"]
+WORD_LEFT, WORD_RIGHT = "\x1bb", "\x1bf"
 
 
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        *[(f"ac{left}b", "abc") for left in LEFT_KEYS],
-        *[(f"bc{left * 5}a", "abc") for left in LEFT_KEYS],
-        *[(f"ac{ARROW_LEFT * 2}{right}b", "abc") for right in RIGHT_KEYS],
-        *[(f"ab{ARROW_LEFT}{right * 5}c", "abc") for right in RIGHT_KEYS],
-        *[(f"bc{home}a", "abc") for home in HOME_KEYS],
-        *[(f"ab{CTRL_A}{end}c", "abc") for end in END_KEYS],
-        *[(f"axb{ARROW_LEFT * 2}{delete}", "ab") for delete in DELETE_KEYS],
-        *[(f"ab{delete}c", "abc") for delete in DELETE_KEYS],
-        *[(f"abx{backspace}c", "abc") for backspace in BACKSPACE_KEYS],
-        *[(f"axb{ARROW_LEFT}{backspace}", "ab") for backspace in BACKSPACE_KEYS],
-        *[(f"ab{CTRL_A}{backspace}c", "cab") for backspace in BACKSPACE_KEYS],
-        (f"abcdef{ARROW_LEFT * 3}{CTRL_K}", "abc"),
-        (f"abcdef{ARROW_LEFT * 3}{CTRL_U}", "def"),
+        *[(f"ac{key}b", "abc") for key in (LEFT_KEY, "\x1bOD", "\x02")],
+        *[(f"ac{LEFT_KEY * 2}{key}b", "abc") for key in (RIGHT, "\x1bOC", "\x06")],
+        (f"bd{LEFT_KEY * 5}a{RIGHT}c{RIGHT * 5}e", "abcde"),
+        *[(f"bc{home}a", "abc") for home in ("\x1b[H", "\x1bOH", "\x1b[1~", "\x1b[7~")],
+        *[(f"b{CTRL_A}a{end}c", "abc") for end in ("\x1b[F", "\x1bOF", "\x1b[4~")],
+        *[(f"b{CTRL_A}a{end}c", "abc") for end in ("\x1b[8~", "\x05")],
+        *[(f"axb{LEFT_KEY * 2}{key}{key * 2}c", "ac") for key in (DELETE, CTRL_D)],
+        *[(f"axb{LEFT_KEY}{key * 3}c", "cb") for key in (BACKSPACE, "\x08")],
+        (f"abcdef{LEFT_KEY * 3}{CTRL_K}", "abc"),
+        (f"abcdef{LEFT_KEY * 3}{CTRL_U}", "def"),
         (f"one two-three  {CTRL_W}", "one "),
-        (f"one two{ARROW_LEFT}{CTRL_W}", "one o"),
-        (f"ab{CTRL_L}c", "abc"),
-        *[(f"one two{word}x", "one xtwo") for word in WORD_LEFT_KEYS],
-        *[(f"one, two{word * 2}x", "xone, two") for word in WORD_LEFT_KEYS],
-        *[(f"one two{CTRL_A}{word}x", "onex two") for word in WORD_RIGHT_KEYS],
-        *[(f"one, two{CTRL_A}{word * 2}x", "one, twox") for word in WORD_RIGHT_KEYS],
+        (f"one two{LEFT_KEY}{CTRL_W}", "one o"),
+        *[(f"one, two{k}x{k * 2}y", "yone, xtwo") for k in (WORD_LEFT, "\x1b[1;5D")],
+        *[(f"a, b{CTRL_A}{k}x{k}y", "ax, by") for k in (WORD_RIGHT, "\x1b[1;5C")],
+        *[(f"one{CTRL_A}two {k}x", "two onex") for k in ("\x1b[1;3C", "\x1b\x1b[C")],
+        *[(f"one two{k}x", "one xtwo") for k in ("\x1b[1;3D", "\x1b\x1b[D")],
         (f"one two-three{ESCAPE}{BACKSPACE}x", "one two-x"),
         (f"one two{CTRL_A}{ESCAPE}dx", "x two"),
-        (f"日本x語{ARROW_LEFT}{BACKSPACE}", "日本語"),
+        (f"日本x語{LEFT_KEY}{BACKSPACE}", "日本語"),
         (f"ae\u0301{BACKSPACE}b", "ab"),
-        (f"ae\u0301{ARROW_LEFT}b", "abe\u0301"),
-        (f"e\u0301a{CTRL_A}{ARROW_RIGHT}b", "e\u0301ba"),
-        (f"e\u0301a{CTRL_A}\x1b[3~", "a"),
-        ("a\tb", "a    b"),
-        ("a\x1b[15~b\x1b[201~c\x1bOPd", "abcd"),
-        (f"say cafe\u0301s{WORD_LEFT_KEYS[0]}x", "say xcafe\u0301s"),
-        (f"cafe\u0301s x{CTRL_A}{WORD_RIGHT_KEYS[0]}-", "cafe\u0301s- x"),
+        (f"ae\u0301{LEFT_KEY}b", "abe\u0301"),
+        (f"e\u0301a{CTRL_A}{RIGHT}b", "e\u0301ba"),
+        (f"e\u0301a{CTRL_A}{DELETE}", "a"),
+        (f"say cafe\u0301s{WORD_LEFT}x", "say xcafe\u0301s"),
+        (f"cafe\u0301s x{CTRL_A}{WORD_RIGHT}-", "cafe\u0301s- x"),
         (f"cafe\u0301s{ESCAPE}{BACKSPACE}x", "x"),
-        ("a\x00\x07\x1db", "ab"),
+        (f"ab{LEFT_KEY}{CTRL_L}c", "acb"),
+        ("a\tb", "a    b"),
+        # Keys of no meaning.
+        ("a\x1b[15~b\x1b[201~c\x1bOPd\x00\x07\x1de", "abcde"),
         ("1", "1"),
-        ("2", "2"),
         (" spaces  stay ", " spaces  stay "),
         (b"not \xff UTF-8", "not \ufffd UTF-8"),
-        ("zero \u200b width \U0001f469\u200d\U0001f467", None),
+        ("a \u200b \U0001f469\u200d\U0001f467", "a \u200b \U0001f469\u200d\U0001f467"),
     ],
     ids=ascii,
 )
-def test_editing_keys(typist: Typist, keys: str | bytes, text: str | None) -> None:
-    assert typist.sends(keys) == (keys if text is None else text)
+def test_editing_keys(one_chat: Chat, keys: str | bytes, text: str) -> None:
+    alex, bob = one_chat
+
+    alex.type(keys)
+    alex.type(ENTER)
+
+    assert bob.line() == f"Alex: {text}"
 
 
-def test_key_that_comes_in_pieces_is_one_key(chat: Chat) -> None:
-    alex, bob = chat()
-    alex.type("日b\x1b")
-    alex.wait_for("You: 日b")
-
-    alex.type("[")
-    alex.type("1;5")
-    alex.type(f"Dx{ENTER}")
-
-    assert bob.line() == "Alex: x日b"
-
-
-def test_ctrl_l_clears_the_screen_and_keeps_the_line(chat: Chat) -> None:
-    alex, bob = chat()
-    bob.say("hi")
-    alex.type(f"hello{ARROW_LEFT * 2}")
-    assert alex.shows(["Bob: hi", "You: hello"], cursor=(1, 8))
-
-    alex.type(CTRL_L)
-
-    assert alex.shows(["You: hello"], cursor=(0, 8))
-
-
-def test_up_and_down_go_through_the_messages(chat: Chat) -> None:
-    alex, bob = chat()
+def test_up_and_down_go_through_the_messages_but_no_menu_answers_and_names(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    bob = room.member("Bob")
+    alex = start_terminal(room.address)
+    alex.type(f"x{ENTER}")
+    alex.type(f"{UP}1{ENTER}")
+    alex.wait_for("Enter your username:")
+    alex.type(f"{UP}Alex{ENTER}")
+    assert bob.line() == HAS_JOINED
     for text in "one", "two", "three":
         alex.type(f"{text}{ENTER}")
         assert bob.line() == f"Alex: {text}"
 
-    alex.type(f"half{ARROW_UP * 2}")
-    alex.wait_until(lambda: alex.screen.rows[-1] == "You: two")
-    alex.type(ARROW_UP * 5)
-    alex.wait_until(lambda: alex.screen.rows[-1] == "You: one")
-    alex.type(f"{ARROW_DOWN} again{ENTER}")
+    alex.type(f"half{UP * 2}")
+    wait_for_prompt(alex, "You: two")
+    alex.type(UP * 5)
+    wait_for_prompt(alex, "You: one")
+    alex.type(f"{DOWN} again{ENTER}")
     assert bob.line() == "Alex: two again"
-    alex.type(f"half{ARROW_UP}{ARROW_DOWN * 3} a line{ENTER}")
+    alex.type(f"half{UP}{DOWN * 3} a line{ENTER}")
 
     assert bob.line() == "Alex: half a line"
 
 
-def test_menu_answers_and_names_are_not_among_the_messages(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    bob = room.member("Bob")
-    alex = start_terminal(room.address)
-    go_to("menu", alex)
-    alex.type(f"x{ENTER}")
-    alex.type(f"{ARROW_UP}1{ENTER}")
-    alex.wait_for("Enter your username:")
-    alex.type(f"{ARROW_UP}Alex{ENTER}")
-    alex.wait_for("You:")
+def test_tab_completes_the_names_that_were_seen(puppet: Puppet) -> None:
+    alex = puppet.terminal(at="name")
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.hear()
+    caller.say(f"{WELCOME}Bob, Eve.")
+    caller.say("* 3 online: Alex, Bob, Dan")
+    caller.say("* Sam has joined the chat.")
+    caller.say("Samuel: hello you, there")
+    alex.wait_for("Samuel: hello")
 
-    alex.type(f"{ARROW_UP * 3}hello{ENTER}")
-
-    assert bob.lines(2) == ["* Alex has joined the chat.", "Alex: hello"]
-
-
-def test_paste_of_many_lines_sends_them_all_in_order(chat: Chat) -> None:
-    alex, bob = chat()
-    lines = [f"line {number} of the paste: ä日{'x' * 100}" for number in range(30)]
-
-    alex.type("".join(f"{line}{ENTER}" for line in lines))
-
-    assert bob.lines(30) == [f"Alex: {line}" for line in lines]
-    alex.type(f"q{ENTER}")
-    assert alex.end() == 0
+    for keys, text in {
+        "so sa\t!": "so Samuel!",
+        "SA\t\t!": "Sam!",
+        "sa\t\t\t!": "Samuel!",
+        "/msg \t hi": "/msg Samuel hi",
+        "/msg e\t hi": "/msg Eve hi",
+        "e\t b\t d\t": "Eve Bob Dan",
+        f"sa there{LEFT_KEY * 6}\t": "Samuel there",
+        "you\tx": "you    x",
+        "al\tx": "al    x",
+    }.items():
+        alex.type(f"{keys}{ENTER}")
+        assert caller.line() == text
 
 
-def test_whole_session_can_be_pasted(room: Room, start_terminal: StartTerminal) -> None:
-    bob = room.member("Bob")
-    alex = start_terminal(room.address)
-    alex.wait_for("Enter your choice:")
-
-    alex.type("1\rAlex\rone\rtwo\rq\r")
-
-    assert alex.end() == 0
-    assert bob.lines(4) == [
-        "* Alex has joined the chat.",
-        "Alex: one",
-        "Alex: two",
-        "* Alex has left the chat.",
-    ]
-
-
-def test_ctrl_z_and_fg_keep_what_was_typed(chat: Chat) -> None:
-    alex, bob = chat()
-    alex.type(f"half a line{ARROW_LEFT * 4}")
+def test_ctrl_z_and_fg_keep_what_was_typed(small_chat: Chat) -> None:
+    alex, bob = small_chat
+    alex.type(f"half a line{LEFT_KEY * 4}")
     assert alex.shows(["You: half a line"], cursor=(0, 12))
+    assert alex.screen.takes_pastes
 
     alex.type(CTRL_Z)
     assert alex.status() == 128 + signal.SIGTSTP
     assert alex.modes() == alex.modes_before
+    alex.drain()
+    assert not alex.screen.takes_pastes
     bob.say("still there?")
     alex.resume()
 
     alex.wait_for("Bob: still there?")
-    alex.wait_until(lambda: alex.screen.rows[-1] == "You: half a line")
+    wait_for_prompt(alex, "You: half a line")
     assert alex.screen.cursor[1] == 12
+    assert alex.screen.takes_pastes
     alex.type(f"of {ENTER}")
     assert bob.line() == "Alex: half a of line"
-    alex.type(f"q{ENTER}")
-    assert alex.end() == 0
 
-
-def test_ctrl_z_and_fg_at_the_name_keep_what_was_typed(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    bob = room.member("Bob")
-    alex = start_terminal(room.address)
-    go_to("name", alex)
-    alex.type("Al")
-    alex.wait_for("username: Al")
-
-    for _ in range(2):
-        alex.type(CTRL_Z)
+    # With keys right before it: it empties the system's buffer, and nothing is to read.
+    for _ in range(20):
+        alex.type(f"x{CTRL_Z}")
         assert alex.status() == 128 + signal.SIGTSTP
-        assert alex.modes() == alex.modes_before
         alex.resume()
-        alex.wait_until(lambda: alex.modes() != alex.modes_before)
-    alex.type(f"ex{ENTER}")
-
-    assert bob.line() == "* Alex has joined the chat."
+        alex.wait_until(lambda: alex.screen.takes_pastes)
+    alex.type(CTRL_U)
 
 
-def test_change_of_the_windows_size_keeps_what_was_typed(chat: Chat) -> None:
-    alex, bob = chat(columns=60)
-    alex.type(f"{ALPHABET}{ARROW_LEFT * 3}")
-    assert alex.shows([f"You: {ALPHABET}"], cursor=(0, 28))
-
-    alex.resize(20, 10)
-    assert alex.shows([FIRST_ROW, "pqrstuvwxyz"], cursor=(1, 8))
-    bob.say("hi")
-    assert alex.shows(["Bob: hi", FIRST_ROW, "pqrstuvwxyz"], cursor=(2, 8))
-    alex.resize(80, 24)
-    assert alex.shows(["Bob: hi", f"You: {ALPHABET}"], cursor=(1, 28))
-    alex.type(f"-{ENTER}")
-
-    assert bob.line() == "Alex: abcdefghijklmnopqrstuvw-xyz"
-    assert alex.shows(["Bob: hi", "You: abcdefghijklmnopqrstuvw-xyz", "You:"])
+def cpu_ticks(alex: Terminal) -> int:
+    """Return how many hundredths of a second of CPU the client has used."""
+    stat = Path(f"/proc/{alex.pid()}/stat").read_text()
+    user, system = stat.rpartition(")")[2].split()[11:13]
+    return int(user) + int(system)
 
 
-# --- colours, and terminals without them --------------------------------------------
-
-COLOURED = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def test_names_have_colours_and_notices_are_dim(chat: Chat) -> None:
-    alex, bob = chat()
-
-    bob.say("hi")
-    bob.say("Bob: is my name")
-    alex.wait_for("is my name")
-    bob.say("q")
-    alex.wait_for("* Bob has left the chat.")
-
-    (colour,) = alex.screen.styles("Bob")
-    assert colour not in ("", "0", "2", "31")
-    assert alex.screen.styles(": hi") == {""}
-    assert alex.screen.styles("Bob: is my name") <= {colour, ""}
-    assert alex.screen.styles(": is my name") == {""}
-    assert alex.screen.styles("* Bob has left the chat.") == {"2"}
-    assert alex.screen.styles("You:") == {""}
-
-
-def test_refusals_are_red(chat: Chat) -> None:
-    alex, _ = chat()
-    refusal = "! That line is longer than 4096 bytes."
-
-    alex.type("x" * 4097 + ENTER)
-
-    alex.wait_for(refusal)
-    assert alex.screen.styles(refusal) == {"31"}
-
-
-def test_refused_name_is_red(room: Room, start_terminal: StartTerminal) -> None:
-    room.member("Bob")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_huge_pasted_line_takes_little_at_each_key_and_waiting_takes_nothing(
+    room: Room, start_terminal: StartTerminal
+) -> None:
     alex = start_terminal(room.address)
-    go_to("name", alex)
+    meet(room, alex)
+    alex.type(paste("word " * 100_000))
+    alex.wait_until(lambda: len(alex.screen.rows) > 4)
+    written, ticks = len(alex.output), cpu_ticks(alex)
 
-    alex.type(f"Bob{ENTER}")
+    for key in "abc", WORD_LEFT, CTRL_W, "!":
+        seen = len(alex.output)
+        alex.type(key)
+        alex.wait_until(lambda before=seen: len(alex.output) > before)  # type: ignore[misc]
+    assert cpu_ticks(alex) - ticks < 50
+    assert len(alex.output) - written < 10_000
 
-    alex.wait_for("! The name Bob is taken.")
-    assert alex.screen.styles("! The name Bob is taken.") == {"31"}
-
-
-def test_no_color_means_no_colours_and_the_rest_stays(chat: Chat) -> None:
-    alex, bob = chat(NO_COLOR="1")
-    alex.type(f"hello{ARROW_LEFT * 2}")
-
-    bob.say("hi")
-
-    assert alex.shows(["Bob: hi", "You: hello"], cursor=(1, 8))
-    assert not COLOURED.search(alex.output)
-
-
-def paste(*lines: str) -> str:
-    """Return what a terminal sends for a paste."""
-    return f"\x1b[200~{ENTER.join(lines)}\x1b[201~"
+    ticks = cpu_ticks(alex)
+    assert alex.is_silent(0.2)
+    assert cpu_ticks(alex) - ticks <= 1  # of the 20 that this took
 
 
-def test_dumb_terminal_gets_plain_lines(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    bob = room.member("Bob")
-    alex = start_terminal(room.address, TERM="dumb")
-    go_to("chat", alex)
-
-    bob.say("Hi Alex!")
-    alex.wait_until(lambda: alex.screen.rows[-2:] == ["Bob: Hi Alex!", "You:"])
-    alex.type(f"Hello!{ENTER}")
-    assert bob.lines(2)[1:] == ["Alex: Hello!"]
-    alex.wait_until(lambda: alex.screen.rows[-2:] == ["You: Hello!", "You:"])
-    alex.type(f"q{ENTER}")
-
-    assert alex.end() == 0
-    assert ESCAPE not in alex.output
-    assert alex.screen.rows == [
-        *JOINING,
-        "* Welcome, Alex! /help lists the commands. Also online: Bob.",
-        "You:",
-        "Bob: Hi Alex!",
-        "You: Hello!",
-        "You: q",
-        *LEFT,
-        "",
-    ]
+# --- colours, bells, and terminals without them -------------------------------------
 
 
-def test_no_escape_sequence_if_only_stdout_is_a_terminal(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    typed = r"1\nAlex\nHello\nq\n"
+def test_names_have_colours_notices_are_dim_and_refusals_red(puppet: Puppet) -> None:
+    """And what others write brings no style of its own."""
+    alex = puppet.terminal()
+    caller = puppet.join(alex)
 
-    alex = start_terminal(room.address, shell=f"printf '{typed}' | \"$@\"")
-
-    assert alex.end() == 0
-    assert ESCAPE not in alex.output
-    welcome = "* Welcome, Alex! /help lists the commands. Also online: nobody yet."
-    assert alex.screen.rows == [*JOINING, welcome, "You: Hello", "You: q", *LEFT, ""]
-
-
-def test_escape_sequences_of_others_do_not_reach_the_terminal(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    """The screen fails on any that the client does not use itself."""
-    alex = start_terminal(puppet.address)
-    go_to("menu", alex)
-    alex.type(f"1{ENTER}Alex{ENTER}")
-    caller = puppet.accept()
-    assert caller.line() == "Alex"
-
-    caller.send(b"* Wel\x1bcome\x07\nB\x1b[Hob: \x1b[2J\x1b[31mred\n")
-
-    alex.wait_for("* Wel\ufffdcome\ufffd")
+    caller.send("Bob: hi\nBob: Bob: is my name\n* Bob has left the chat.\n! No.\n")
+    caller.send("B\x1b[Hob: \x1b[2J\x1b[31mred\n")
     alex.wait_for("B\ufffd[Hob: \ufffd[2J\ufffd[31mred")
 
+    styles = alex.screen.styles
+    (colour,) = styles("Bob")
+    assert colour not in ("", "0", "1", "2", "31", "35")
+    assert styles(": hi") == styles(": is my name") == {""}
+    assert styles("* Bob has left the chat.") == {"2"}
+    assert styles("! No.") == {"31"}
+    assert styles("[31mred") == styles("You:") == {""}
 
-# --- leaving, and servers that are gone ---------------------------------------------
 
-TERMINALS = pytest.mark.parametrize("kind", ["xterm", "dumb"])
-PLACES = pytest.mark.parametrize("place", ["menu", "name", "chat"])
+def test_private_messages_and_the_own_name_stand_out_and_ring_the_bell(
+    puppet: Puppet,
+) -> None:
+    alex = puppet.terminal([*PROGRAM, "--bell"])
+    caller = puppet.join(alex)
+
+    for line, bells in {
+        "Bob (private): psst": 1,
+        "Bob: (private): no": 1,
+        "Bob: so ALEX, Alexandra is here": 2,
+        "Bob (private): is it Alex?": 3,
+        "* Alex is a name": 3,
+    }.items():
+        caller.say(line)
+        alex.wait_for(line)
+        assert alex.screen.bells == bells
+
+    styles = alex.screen.styles
+    assert styles("Bob (private): psst") == {"35"}
+    assert "35" not in styles("Bob: (private): no")
+    assert styles("ALEX") == {"1"}
+    assert styles(", Alexandra is here") == {""}
+    assert styles("it Alex?") == {"35;1", "35"}
 
 
-@TERMINALS
-@PLACES
+def test_no_color_means_no_colours_and_no_flag_no_bell(puppet: Puppet) -> None:
+    alex = puppet.terminal(NO_COLOR="1")
+    caller = puppet.join(alex)
+    clear(alex)
+    alex.type(f"hello{LEFT_KEY * 2}")
+
+    caller.say("Bob: hi Alex")
+
+    assert alex.shows(["Bob: hi Alex", "You: hello"], cursor=(1, 8))
+    assert not re.search(r"\x1b\[[0-9;]*m|\a", alex.output)
+
+
+def test_times_stand_before_what_comes_from_the_server(puppet: Puppet) -> None:
+    """And in a pipe no bell rings."""
+    piped = puppet.piped("1\nAlex\n", [*PROGRAM, "--times", "--bell"])
+    caller = puppet.welcome()
+    caller.say("Bob (private): psst")
+    caller.close()
+
+    _, output = piped.end()
+
+    times = [re.sub(r"^[0-2]\d:[0-5]\d ", "14:02 ", line) for line in output]
+    said = ["14:02 * Welcome, Alex!", "14:02 Bob (private): psst"]
+    assert times == [*JOINING, *said, LOST]
+
+
 @pytest.mark.parametrize(
-    ("key", "status"), [(CTRL_D, 0), (CTRL_C, 130), (f"q{ENTER}", 0)],
-    ids=["Ctrl-D", "Ctrl-C", "q"],
-)  # fmt: skip
+    ("shell", "typed"),
+    [(r"""printf '1\nAlex\nHello\nq\n' | "$@" """, ""), ('"$@" | cat', "q")],
+    ids=["stdout", "keyboard"],
+)
+def test_no_escape_sequence_if_only_one_of_keyboard_and_stdout_is_a_terminal(
+    room: Room, start_terminal: StartTerminal, shell: str, typed: str
+) -> None:
+    """The prompt goes out before the answer if it is the keyboard."""
+    place = "chat" if typed else "start"
+    alex = start_terminal(room.address, shell=shell, at=place)
+
+    if typed:
+        alex.type(f"{typed}{ENTER}")
+
+    alex.wait_for("Connection closed.")
+    assert alex.end() == 0
+    assert ESCAPE not in alex.output
+    talk = ["You: q"] if typed else ["You: Hello", "You: q"]
+    assert alex.screen.rows == [*JOINING, f"{WELCOME}nobody yet.", *talk, *LEFT, ""]
+
+
+# --- leaving ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "key", "status", "goodbye"),
+    [
+        ("xterm", "menu", f"2{ENTER}", 0, EXITED),
+        *[("xterm", at, f"q{ENTER}", 0, LEFT) for at in ("menu", "name", "chat")],
+        *[("xterm", at, CTRL_D, 0, LEFT) for at in ("menu", "name", "chat")],
+        *[("xterm", at, CTRL_C, 130, LEFT) for at in ("menu", "name", "chat")],
+        ("dumb", "menu", CTRL_D, 0, LEFT),
+        ("dumb", "name", CTRL_C, 130, LEFT),
+        ("dumb", "chat", CTRL_D, 0, LEFT),
+        ("dumb", "chat", CTRL_C, 130, LEFT),
+    ],
+)
 def test_leaving_at_a_terminal(
     room: Room,
     start_terminal: StartTerminal,
+    kind: str,
     place: str,
     key: str,
     status: int,
-    kind: str,
+    goodbye: list[str],
 ) -> None:
-    alex = start_terminal(room.address, TERM=kind)
-    go_to(place, alex)
+    alex = start_terminal(room.address, at=place, TERM=kind)
 
     alex.type(key)
 
     assert alex.end() == status
-    assert alex.screen.rows[-3:] == [*LEFT, ""]
-    assert alex.output.count("Leaving the chat...") == 1
+    assert alex.screen.rows[-3:] == [*goodbye, ""]
+    assert alex.output.count(goodbye[0]) == 1
     room.connect().join("Alex")  # the name is free again
 
 
-def test_exit_from_the_menu_at_a_terminal(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(room.address)
-    go_to("menu", alex)
-
-    alex.type(f"2{ENTER}")
-
-    assert alex.end() == 0
-    assert alex.screen.rows == [*START, "Enter your choice: 2", *EXITED, ""]
-
-
-def test_ctrl_c_with_half_a_line_typed_sends_nothing_of_it(chat: Chat) -> None:
-    alex, bob = chat()
-    alex.type(f"half a line{ARROW_LEFT * 4}")
-    alex.wait_for("half a line")
-
-    alex.type(CTRL_C)
-
-    assert alex.end() == 130
-    assert alex.screen.rows == ["You: half a line", *LEFT, ""]
-    assert bob.line() == "* Alex has left the chat."
+# That a paste is stuck in the sending shows soon if little fits into the system.
+SMALL_SEND_BUFFER = f"""
+client.LEAVE_SECONDS *= 0.1
+connect = client.socket.create_connection
+def connect_small(*address):
+    connection = connect(*address)
+    option = client.socket.SOL_SOCKET, client.socket.SO_SNDBUF
+    connection.setsockopt(*option, {SMALL_BUFFER})
+    return connection
+client.socket.create_connection = connect_small
+"""
 
 
-@TERMINALS
-@pytest.mark.parametrize(("key", "status"), [(f"q{ENTER}", 0), (CTRL_C, 130)])
+@pytest.mark.parametrize(
+    ("moment", "keys", "status", "kind"),
+    [
+        ("before joining", f"q{ENTER}", 0, "xterm"),
+        ("before joining", CTRL_C, 130, "xterm"),
+        ("before joining", CTRL_D, 0, "dumb"),
+        ("after joining", f"q{ENTER}", 0, "xterm"),
+        ("after joining", CTRL_C, 130, "dumb"),
+        ("in a paste", f"q{ENTER}", 0, "xterm"),
+        ("in a paste", CTRL_D, 0, "xterm"),
+        ("in a paste", CTRL_C, 130, "xterm"),
+    ],
+    ids=repr,
+)
 def test_server_that_hangs_holds_up_the_leaving_for_a_limited_time(
-    puppet: Puppet, start_terminal: StartTerminal, key: str, status: int, kind: str
+    puppet: Puppet, moment: str, keys: str, status: int, kind: str
 ) -> None:
-    alex = start_terminal(puppet.address, impatient(1.0), TERM=kind)
-    join(puppet, alex)
-    began = time.monotonic()
-
-    alex.type(key)
-
-    assert alex.end() == status
-    assert 1.0 < time.monotonic() - began < 1.8
-    assert alex.screen.rows[-3:] == [*LEFT, ""]
+    """Here for a tenth of the usual time, so that 3 s is late enough on any machine."""
     assert client.LEAVE_SECONDS <= 3.0
-
-
-LEAVING_KEYS = pytest.mark.parametrize(
-    ("keys", "status"), [(CTRL_C, 130), (CTRL_D, 0), (f"q{ENTER}", 0)],
-    ids=["Ctrl-C", "Ctrl-D", "q"],
-)  # fmt: skip
-
-
-@TERMINALS
-@LEAVING_KEYS
-def test_leaving_a_server_that_does_not_answer_to_the_name(
-    puppet: Puppet, start_terminal: StartTerminal, keys: str, status: int, kind: str
-) -> None:
-    alex = start_terminal(puppet.address, impatient(0.5), TERM=kind)
-    go_to("name", alex)
-    alex.type(f"Alex{ENTER}")
-    assert puppet.accept().line() == "Alex"
-
-    began = time.monotonic()
-    alex.type(keys)
-
-    assert alex.end() == status
-    assert time.monotonic() - began < 1.5
-    echo = ("", "q", "^C") if kind == "dumb" else ("",)
-    rows = [row.removeprefix("^C") for row in alex.screen.rows if row not in echo]
-    assert rows == [*JOINING, *LEFT]
-
-
-@LEAVING_KEYS
-def test_leaving_in_the_middle_of_a_paste_that_the_server_does_not_take(
-    puppet: Puppet, start_terminal: StartTerminal, keys: str, status: int
-) -> None:
-    alex = start_terminal(puppet.address, changed(SMALL_SEND_BUFFER))
-    join(puppet, alex)
-    alex.type(paste(*["x" * 1000] * 200, ""))
-    alex.wait_for("Send 200 lines?")
-    alex.type(f"y{ENTER}")
-    while not alex.is_silent(0.3):
-        alex.drain()
+    alex = puppet.terminal(changed(SMALL_SEND_BUFFER), TERM=kind)
+    if moment == "before joining":
+        alex.type(f"1{ENTER}Alex{ENTER}")
+        puppet.hear()
+    else:
+        puppet.join(alex)
+    if moment == "in a paste":
+        alex.type(paste(*["x" * 1000] * 200, ""))
+        alex.wait_for("Send 200 lines?")
+        alex.type(f"y{ENTER}")
+        while not alex.is_silent(0.1):
+            alex.drain()
 
     began = time.monotonic()
     alex.type(keys)
 
     assert alex.end() == status
     assert time.monotonic() - began < 3.0
+    assert alex.output.count("Leaving the chat...") == 1
     assert alex.screen.rows[-2:] == ["Connection closed.", ""]
-    assert alex.output.count("Leaving the chat...") == 1
 
 
-def test_second_ctrl_c_ends_a_leaving_that_takes_too_long(
-    puppet: Puppet, start_terminal: StartTerminal
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
+@TERMINALS
+def test_client_that_is_terminated_leaves_the_terminal_sane_and_sends_no_half_line(
+    room: Room, start_terminal: StartTerminal, name: str, kind: str
 ) -> None:
-    alex = start_terminal(puppet.address, impatient(HANG_SECONDS))
-    join(puppet, alex)
+    number = signal.Signals[name]
+    bob = room.member("Bob")
+    alex = start_terminal(room.address, at="chat", TERM=kind)
+    assert bob.line() == HAS_JOINED
+    alex.type(f"half a line{LEFT_KEY * 4 if kind == 'xterm' else ''}")
+    alex.wait_for("half a line")
 
-    alex.type(CTRL_C)
-    alex.wait_for("Leaving the chat...")
-    alex.type(CTRL_C)
+    os.kill(alex.pid(), number)
 
-    assert alex.end() == 130
+    assert alex.end() == 128 + number
+    rows = ["You: half a line", *(LEFT if name == "SIGINT" else []), ""]
+    assert alex.screen.rows[-len(rows) :] == rows
+    assert bob.line() == HAS_LEFT
+
+
+@pytest.mark.parametrize(
+    ("keys", "status", "patience", "kind"),
+    [
+        ([f"q{ENTER}"], 0, 0.03, "xterm"),
+        ([f"q{ENTER}"], 0, 0.03, "dumb"),
+        ([CTRL_C], 130, 0.03, "dumb"),
+        ([CTRL_C, CTRL_C], 130, HANG_SECONDS, "xterm"),
+        ([CTRL_C, CTRL_C], 130, HANG_SECONDS, "dumb"),
+    ],
+    ids=repr,
+)
+def test_what_is_typed_ahead_is_not_left_for_the_shell(
+    puppet: Puppet, keys: list[str], status: int, patience: float, kind: str
+) -> None:
+    """The last check is that of end(): nothing is left to be read.
+
+    A second Ctrl-C ends a leaving that takes too long.
+    """
+    alex = puppet.terminal(impatient(patience), TERM=kind)
+    puppet.join(alex)
+
+    for key in keys[:-1]:
+        alex.type(key)
+        alex.wait_for("Leaving the chat...")
+    alex.type(f"{keys[-1]}rm -rf everything{ENTER}and{ENTER}half a line")
+
+    assert alex.end() == status
     assert alex.output.count("Leaving the chat...") == 1
 
 
-# That the client has come to the name is to be seen on a terminal only.
+# --- servers that are full, and servers that are gone -------------------------------
+
+
+def test_full_server_says_so_once_1_was_chosen_and_what_is_typed_ahead_is_forgotten(
+    start_room: Callable[..., Room], start_terminal: StartTerminal
+) -> None:
+    room = start_room(max_clients=1)
+    room.member("Bob")
+    alex = start_terminal(room.address)
+    assert alex.screen.rows == [*START, "Enter your choice:"]
+
+    alex.type(f"1{ENTER}Alex{ENTER}half a line")
+
+    assert alex.end() == 1
+    assert alex.screen.rows == [*START, "Enter your choice: 1", FULL, ""]
+
+
+def test_server_that_has_become_full_ends_the_client(puppet: Puppet) -> None:
+    alex = puppet.terminal(at="name")
+    puppet.accept().close()
+
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.accept()
+    caller.say(FULL)
+    caller.half_close()
+    assert caller.rest() in ([], ["Alex"])
+
+    assert alex.end() == 1
+    assert alex.screen.rows == [*JOINING, FULL, ""]
+
+
+ENDINGS = pytest.mark.parametrize("end", [Caller.close, Caller.reset, Caller.give_up])
 
 
 @ENDINGS
-def test_connection_that_ended_at_the_name_is_made_again(
-    puppet: Puppet, start_terminal: StartTerminal, end: Callable[[Caller], None]
+def test_connection_that_ended_at_the_menu_or_at_the_name_is_made_again(
+    puppet: Puppet, end: Callable[[Caller], None]
 ) -> None:
-    alex = start_terminal(puppet.address)
+    alex = puppet.terminal()
+    end(puppet.accept())
     go_to("name", alex)
     end(puppet.accept())
 
     alex.type(f"Alex{ENTER}")
 
     caller = puppet.welcome()
-    assert caller.name == "Alex"
     alex.type(f"Hello{ENTER}q{ENTER}")
     assert caller.rest() == ["Hello", "q"]
     caller.close()
@@ -1568,30 +1269,22 @@ def test_connection_that_ended_at_the_name_is_made_again(
 @ENDINGS
 @pytest.mark.parametrize("place", ["menu", "name"])
 def test_server_that_cannot_be_reached_again_leads_to_the_menu(
-    puppet: Puppet,
-    start_terminal: StartTerminal,
-    place: str,
-    end: Callable[[Caller], None],
+    puppet: Puppet, place: str, end: Callable[[Caller], None]
 ) -> None:
-    alex = start_terminal(puppet.address)
-    go_to(place, alex)
+    alex = puppet.terminal(at=place)
     end(puppet.accept())
     puppet.close()
 
     alex.type(f"1{ENTER}" if place == "menu" else f"Alex{ENTER}")
 
-    lost = "Connection lost: Connection refused."
     before = [*START, NAMED[0]] if place == "menu" else JOINING
-    assert alex.shows([*before, lost, *MENU, "Enter your choice:"])
+    assert alex.shows([*before, REFUSED, *MENU, "Enter your choice:"])
     alex.type(f"q{ENTER}")
     assert alex.end() == 1
 
 
-def test_leaving_at_the_name_has_status_0_when_the_server_is_gone(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    go_to("name", alex)
+def test_leaving_at_the_name_has_status_0_if_the_server_is_gone(puppet: Puppet) -> None:
+    alex = puppet.terminal(at="name")
     puppet.accept().reset()
     puppet.close()
 
@@ -1601,388 +1294,195 @@ def test_leaving_at_the_name_has_status_0_when_the_server_is_gone(
     assert alex.screen.rows == [*START, NAMED[0], "Enter your username: q", *LEFT, ""]
 
 
-def test_server_that_has_become_full_ends_the_client(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    go_to("name", alex)
-    puppet.accept().close()
-
-    alex.type(f"Alex{ENTER}")
-    caller = puppet.accept()
-    caller.say(f"! {FULL}")
-    caller.half_close()
-    assert caller.rest() in ([], ["Alex"])
-
-    assert alex.end() == 1
-    assert alex.screen.rows == [*JOINING, f"! {FULL}", ""]
-
-
-LOST = "Connection lost: the server closed the connection."
-
-
 @TERMINALS
-def test_killed_server_is_told_within_a_second_and_leads_to_the_menu(
-    start_terminal: StartTerminal,
-    start_server: Callable[..., ServerProcess],
-    kind: str,
+def test_killed_server_is_told_within_a_second_and_the_shell_gets_nothing(
+    start_terminal: StartTerminal, start_server: Callable[..., ServerProcess], kind: str
 ) -> None:
     server = start_server()
-    alex = start_terminal(server.address, TERM=kind)
-    go_to("chat", alex)
-    alex.type("half a line")
-    alex.wait_for("You: half a line")
+    shell = '"$@"; echo "ended $?"; cat'
+    alex = start_terminal(server.address, shell=shell, at="chat", TERM=kind)
+    alex.type("in the middle of a line")
+    alex.wait_for("You: in the middle of a line")
     above = alex.screen.rows
 
     server.process.kill()
-    start = time.monotonic()
+    began = time.monotonic()
     alex.wait_for(LOST)
 
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - began < 1.0
     assert alex.shows([*above, LOST, *MENU, "Enter your choice:"])
-    alex.type(f"q{ENTER}")
-    assert alex.end() == 1
-    assert alex.screen.rows[-3:] == [*LEFT, ""]
+    alex.type(f"2{ENTER}ls{ENTER}")
+    alex.wait_until(lambda: alex.screen.rows[-2:] == ["ended 1", ""])
+    alex.type(CTRL_D)  # for cat, which was given nothing
+    assert alex.end() == 0
+    assert alex.screen.rows[-4:] == [*EXITED, "ended 1", ""]
 
 
-def test_connection_that_is_reset_is_lost_with_the_reason(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
-
-    caller.reset()
-
-    alex.wait_for("Connection lost: Connection reset by peer.")
-
-
-def test_last_words_of_the_server_are_shown_before_the_connection_is_lost(
-    chat: Chat, room: Room
-) -> None:
-    alex, _ = chat()
-    alex.type("half")
-    alex.wait_for("You: half")
-
-    room.stop()
-
-    last = "* Server is shutting down."
-    assert alex.shows([last, "You: half", LOST, *MENU, "Enter your choice:"])
-
-
-def test_half_typed_line_is_typed_on_after_the_server_was_restarted(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
-    alex.type(f"half a line{ARROW_LEFT * 4}")
-    alex.wait_for("You: half a line")
+def test_rest_of_the_sentence_is_no_answer_to_the_menu(puppet: Puppet) -> None:
+    alex = puppet.terminal(TERM="dumb")
+    caller = puppet.join(alex)
+    alex.type("2")
+    alex.wait_for("You: 2")
 
     caller.close()
-    alex.wait_for("Enter your choice:")
-    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    wait_for_prompt(alex, "Enter your choice:")
+    alex.type(ENTER)
+
+    alex.wait_for("Please choose one of these")
+    alex.type(f"q{ENTER}")
+    assert alex.end() == 1
+
+
+def test_half_typed_line_is_typed_on_after_the_server_restarted(puppet: Puppet) -> None:
+    """And the last words of the server that went are shown."""
+    alex = puppet.terminal()
+    caller = puppet.join(alex)
+    clear(alex)
+    alex.type(f"half a line{LEFT_KEY * 4}")
+    alex.wait_for("You: half a line")
+
+    caller.say("* Server is shutting down.")
+    caller.close()
+    last = ["* Server is shutting down.", "You: half a line"]
+    assert alex.shows([*last, LOST, *MENU, "Enter your choice:"])
     alex.type(f"1{ENTER}")
     alex.wait_for("Enter your username [Alex]:")
     alex.type(ENTER)
     caller = puppet.welcome()
 
-    assert caller.name == "Alex"
-    alex.wait_until(lambda: alex.screen.rows[-1] == "You: half a line")
+    wait_for_prompt(alex, "You: half a line")
     assert alex.screen.cursor[1] == 12
-    alex.type(f"of {ENTER}")
-    assert caller.line() == "half a of line"
-    alex.type(f"q{ENTER}")
-    assert caller.line() == "q"
+    alex.type(f"of {ENTER}q{ENTER}")
+    assert caller.rest() == ["half a of line", "q"]
     caller.close()
     assert alex.end() == 0
 
 
-def test_another_name_may_be_given_after_the_connection_was_lost(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    join(puppet, alex).close()
-    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
-
-    alex.type(f"1{ENTER}Sam{ENTER}")
-
-    assert puppet.welcome().name == "Sam"
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_ten_lost_connections_leave_no_thread_no_descriptor_and_no_stale_row(
-    puppet: Puppet, start_terminal: StartTerminal
+def test_lost_connections_leave_no_thread_descriptor_or_stale_row(
+    puppet: Puppet,
 ) -> None:
-    alex = start_terminal(puppet.address, rows=200)
-    caller = join(puppet, alex)
+    alex = puppet.terminal()
+    caller = puppet.join(alex)
     process = Path(f"/proc/{alex.pid()}")
     before = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
     expected = alex.screen.rows[:-1]
 
-    for number in range(10):
-        caller.close()
-        alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
+    reset = "Connection lost: Connection reset by peer."
+    for end, lost in [(Caller.close, LOST), (Caller.reset, reset)] * 2:
+        end(caller)
+        wait_for_prompt(alex, "Enter your choice:")
         alex.type(f"1{ENTER}")
-        alex.wait_until(lambda: alex.screen.rows[-1].startswith("Enter your username"))
+        wait_for_prompt(alex, "Enter your username [Alex]:")
         alex.type(ENTER)
         caller = puppet.welcome()
-        caller.say(f"* Start {number}")
-        again = [LOST, *MENU, NAMED[0], "Enter your username [Alex]:"]
-        expected += [*again, *JOINING[-1:], "* Welcome, Alex!", f"* Start {number}"]
-        assert alex.shows([*expected, "You:"])
+        again = [lost, *MENU, NAMED[0], "Enter your username [Alex]:"]
+        expected += [*again, *JOINING[-1:], "* Welcome, Alex!"]
+        wait_for_prompt(alex)
+        assert alex.screen.everything == [*expected, "You:"]
 
     after = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
     assert after == before
 
 
-def test_bug_in_the_receiver_ends_the_client_loudly(
-    puppet: Puppet, start_piped: StartPiped
+def test_bug_in_the_receiver_is_told_and_does_not_hang_the_client(room: Room) -> None:
+    bug = """
+import protocol
+decode = protocol.decode_shown
+protocol.decode_shown = lambda line: 1 / 0 if b"online: Alex" in line else decode(line)
+"""
+    _, output, errors = run(command(room.address, changed(bug)), "1\nAlex\n/who\n")
+
+    assert f"{WELCOME}nobody yet." in output
+    assert "ZeroDivisionError: division by zero" in errors
+
+
+# --- pastes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (paste("1", "q", "Q", "", "4", "5x") + BACKSPACE, ["1", "q ", "Q ", "4", "5"]),
+        (paste("q"), ["q "]),
+        (f"ad{LEFT_KEY}{paste('b', 'c')}", ["ab", "cd"]),
+        (paste("\t\x1b[31mc\x00\x07\x04d"), ["    \ufffd[31mc\ufffd\ufffd\ufffdd"]),
+    ],
+    ids=["five lines", "q", "between two halves", "control characters"],
+)
+def test_pasted_q_is_text_as_all_that_is_pasted(
+    small_chat: Chat, keys: str, said: list[str]
 ) -> None:
-    bug = "protocol.parse_server_line = lambda line: 1 / 0"
-    process = subprocess.Popen(
-        command(puppet.address, changed(f"import protocol; {bug}")),
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    puppet.accept().say("* Hello")
+    alex, bob = small_chat
 
-    _, errors = process.communicate(b"1\nAlex\n", HANG_SECONDS)
+    alex.type(keys + ENTER)
 
-    assert process.returncode == 1
-    assert b"ZeroDivisionError" in errors
+    assert bob.lines(len(said)) == [f"Alex: {text}" for text in said]
+    assert alex.shows([*[f"You: {text}".rstrip() for text in said], "You:"])
 
 
-@TERMINALS
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_terminal_is_left_sane_by_a_client_that_is_terminated(
-    room: Room, start_terminal: StartTerminal, number: signal.Signals, kind: str
+@pytest.mark.parametrize(("answer", "last"), [("y", ["line 19", ""]), (" Yes ", ["x"])])
+def test_long_paste_is_sent_after_a_yes(
+    small_chat: Chat, answer: str, last: list[str]
 ) -> None:
-    bob = room.member("Bob")
-    alex = start_terminal(room.address, TERM=kind)
-    go_to("chat", alex)
-    assert bob.line() == "* Alex has joined the chat."
-    alex.type("half a line")
-    alex.wait_for("half a line")
+    alex, bob = small_chat
+    lines = [*[f"line {number}" for number in range(19)], last[0]]
 
-    os.kill(alex.pid(), number)
-
-    assert alex.end() == 128 + number
-    assert alex.screen.rows[-2:] == ["You: half a line", ""]
-    assert bob.line() == "* Alex has left the chat."
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@PLACES
-def test_idle_client_uses_no_cpu(
-    room: Room, start_terminal: StartTerminal, place: str
-) -> None:
-    alex = start_terminal(room.address)
-    go_to(place, alex)
-    alex.type("half")
-    alex.wait_for(": half")
-    stat = Path(f"/proc/{alex.pid()}/stat")
-
-    def ticks() -> int:
-        fields = stat.read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
-    before = ticks()
-    assert alex.is_silent(0.3)
-
-    assert ticks() - before <= 1  # of the 30 that this took
-
-
-# --- pastes, and what is typed ahead ------------------------------------------------
-
-
-def test_pasted_q_is_text_and_goes_out_with_a_blank(chat: Chat) -> None:
-    alex, bob = chat()
-
-    alex.type(paste("one", "q", "Q", "", "four") + f"{BACKSPACE}r{ENTER}")
-
-    assert bob.lines(4) == [
-        "Alex: one",
-        "Alex: q ",
-        "Alex: Q ",
-        "Alex: four"[:-1] + "r",
-    ]
-
-
-def test_pasted_q_without_a_newline_is_text_too(chat: Chat) -> None:
-    alex, bob = chat()
-
-    alex.type(f"{paste('q')}{ENTER}")
-
-    assert bob.line() == "Alex: q "
-
-
-@pytest.mark.parametrize("answer", ["y", " Y ", "yes"])
-@pytest.mark.parametrize("last", ["", "line 19"])
-def test_long_paste_is_sent_after_a_yes(chat: Chat, answer: str, last: str) -> None:
-    alex, bob = chat()
-    lines = [f"line {number}" for number in range(19)] + ([last] if last else ["last"])
-
-    alex.type(paste(*lines, *([] if last else [""])))
-    assert alex.shows(["Send 20 lines? [y/N]"])
+    alex.type(paste(*lines[:-1], *last))
+    alex.wait_for("Send 20 lines? [y/N]")
     alex.type(f"{answer}{ENTER}")
 
     assert bob.lines(20) == [f"Alex: {line}" for line in lines]
-    asked = f"Send 20 lines? [y/N] {answer}".rstrip()
-    assert alex.shows([asked, *[f"You: {line}" for line in lines], "You:"])
+    asked = ["Send 20 lines? [y/N]", f" {answer}".rstrip()]
+    shown = [*asked, *[f"You: {line}" for line in lines], "You:"]
+    alex.wait_until(lambda: alex.screen.everything == shown)
 
 
 @pytest.mark.parametrize("answer", [ENTER, f"n{ENTER}", f"q{ENTER}", CTRL_D])
-def test_no_to_a_long_paste_keeps_its_first_line(chat: Chat, answer: str) -> None:
-    alex, bob = chat()
+def test_no_to_a_long_paste_keeps_its_first_line(small_chat: Chat, answer: str) -> None:
+    alex, bob = small_chat
 
     alex.type("say " + paste(*[f"line {number}" for number in range(6)], ""))
     alex.wait_for("Send 6 lines?")
     alex.type(answer)
-    alex.wait_until(lambda: alex.screen.rows[-1] == "You: say line 0")
+    wait_for_prompt(alex, "You: say line 0")
     alex.type(f"!{ENTER}")
 
     assert bob.line() == "Alex: say line 0!"
 
 
-def test_paste_in_the_middle_of_a_line_goes_between_its_halves(chat: Chat) -> None:
-    alex, bob = chat()
+def test_keys_and_pastes_that_come_in_pieces_are_whole(small_chat: Chat) -> None:
+    alex, bob = small_chat
+    keys = f"日b\x1b[1;5Dx{ENTER}{ESCAPE}{paste('q', 'ä', '')}"
 
-    alex.type(f"ad{ARROW_LEFT}{paste('b', 'c')}{ENTER}")
-
-    assert bob.lines(2) == ["Alex: ab", "Alex: cd"]
-
-
-def test_paste_that_comes_in_pieces_is_one_paste(chat: Chat) -> None:
-    alex, bob = chat()
-
-    for char in f"{ESCAPE}{paste('q', 'ä', '')}":
-        alex.type(char)
+    for byte in keys.encode():
+        alex.type(bytes([byte]))
         alex.drain()
 
-    assert bob.lines(2) == ["Alex: q ", "Alex: ä"]
+    assert bob.lines(3) == ["Alex: x日b", "Alex: q ", "Alex: ä"]
 
 
-def test_control_characters_in_a_paste_are_cleaned(chat: Chat) -> None:
-    alex, bob = chat()
-
-    shown = "a    b\ufffd[31mc\ufffd\ufffd\ufffdd"
-
-    alex.type(paste("a\tb\x1b[31mc\x00\x07\x04d"))
-    assert alex.shows([f"You: {shown}"])
-    alex.type(ENTER)
-
-    assert bob.line() == f"Alex: {shown}"
-    assert alex.shows([f"You: {shown}", "You:"])
-
-
-def test_paste_without_an_end_is_taken_once_it_is_silent(chat: Chat) -> None:
-    alex, bob = chat()
+def test_paste_without_an_end_is_taken_once_it_is_silent_and_ctrl_c_ends_it(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    alex = start_terminal(room.address, changed("client.PASTE_SECONDS *= 0.1"))
+    bob = meet(room, alex)
 
     alex.type("\x1b[200~one\rq\rthree")
 
     assert bob.lines(2) == ["Alex: one", "Alex: q "]
     alex.type(f" and on{ENTER}")
     assert bob.line() == "Alex: three and on"
-
-
-def test_ctrl_c_ends_a_paste_without_an_end(chat: Chat) -> None:
-    alex, _ = chat()
     alex.type("\x1b[200~one\rq\r")
-
     alex.type(CTRL_C)
-
     assert alex.end() == 130
 
 
-def test_huge_pasted_line_takes_little_at_each_key(chat: Chat) -> None:
-    alex, _ = chat(columns=40, rows=6)
-    alex.type(paste("word " * 100_000))
-    alex.wait_until(lambda: len(alex.screen.rows) > 4)
-    written = len(alex.output)
-
-    began = time.monotonic()
-    for key in "abc", f"{ESCAPE}b", CTRL_W, "!":
-        seen = len(alex.output)
-        alex.type(key)
-        alex.wait_until(lambda before=seen: len(alex.output) > before)
-
-    assert time.monotonic() - began < 1.0
-    assert len(alex.output) - written < 10_000
-
-
-def test_keys_are_read_in_bounded_memory() -> None:
-    keys = client.KeyReader()
-    for text in "\x1b[200~", "\x1b[1;":
-        for _ in range(3):
-            keys.feed((text + "1" * 3 * client.MAX_TYPED_CHARS).encode())
-            assert len(keys._rest) < client.MAX_TYPED_CHARS + 10_000
-
-
-def leave_with_q(alex: Terminal) -> None:
-    alex.type(f"q{ENTER}")
-
-
-def leave_with_ctrl_c(alex: Terminal) -> None:
-    alex.type(CTRL_C)
-
-
-def leave_with_ctrl_c_twice(alex: Terminal) -> None:
-    os.kill(alex.pid(), signal.SIGINT)
-    alex.wait_for("Leaving the chat...")
-    os.kill(alex.pid(), signal.SIGINT)
-
-
-def leave_with_sigterm(alex: Terminal) -> None:
-    os.kill(alex.pid(), signal.SIGTERM)
-
-
-@TERMINALS
-@pytest.mark.parametrize(
-    ("leave", "status"),
-    [
-        (leave_with_q, 0),
-        (leave_with_ctrl_c, 130),
-        (leave_with_ctrl_c_twice, 130),
-        (leave_with_sigterm, 143),
-    ],
-)
-def test_what_is_typed_ahead_is_not_left_for_the_shell(
-    puppet: Puppet,
-    start_terminal: StartTerminal,
-    leave: Callable[[Terminal], None],
-    status: int,
-    kind: str,
-) -> None:
-    """The last check is that of end(): nothing is left to be read."""
-    alex = start_terminal(puppet.address, impatient(0.5), TERM=kind)
-    join(puppet, alex)
-
-    leave(alex)
-    alex.type(f"rm -rf everything{ENTER}and{ENTER}half a line")
-
-    assert alex.end() == status
-
-
-def test_what_is_typed_ahead_of_a_full_server_is_not_left_for_the_shell(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    go_to("menu", alex)
-    caller = puppet.accept()
-    caller.say(f"! {FULL}")
-    caller.close()
-
-    alex.type(f"1{ENTER}Alex{ENTER}half a line")
-
-    assert alex.end() == 1
-
-
 def test_paste_that_goes_on_after_the_end_is_not_left_for_the_shell(
-    puppet: Puppet, start_terminal: StartTerminal
+    puppet: Puppet,
 ) -> None:
-    alex = start_terminal(puppet.address, impatient(0.2))
-    join(puppet, alex)
+    alex = puppet.terminal(impatient(0.03))
+    puppet.join(alex)
     alex.type(f"q{ENTER}\x1b[200~one{ENTER}")
     alex.wait_for("Connection closed.")
 
@@ -1992,457 +1492,247 @@ def test_paste_that_goes_on_after_the_end_is_not_left_for_the_shell(
     assert alex.end() == 0
 
 
-def test_shell_gets_nothing_of_three_hundred_lines_with_a_q_among_them(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    bob = room.member("Bob")
-    alex = start_terminal(room.address, shell='"$@"; echo ended; cat')
-    go_to("chat", alex)
-    lines = [f"echo {number}" for number in range(300)]
-    lines[5] = "q"
-
-    alex.type(paste(*lines, ""))
-    alex.wait_for("Send 300 lines?")
-    alex.type(f"y{ENTER}")
-
-    said = [f"Alex: {line}" for line in lines]
-    said[5] = "Alex: q "
-    assert bob.lines(301)[1:] == said
-    alex.type("".join(f"{line}{ENTER}" for line in lines))  # without brackets
-    alex.wait_until(lambda: alex.screen.rows[-2:] == ["ended", ""])
-    alex.type(CTRL_D)  # for cat, which was given nothing
-    assert alex.end() == 0
-    assert alex.screen.rows[-3:] == ["Connection closed.", "ended", ""]
-
-
-def test_shell_gets_nothing_of_what_is_typed_on_when_the_server_is_killed(
-    start_terminal: StartTerminal, start_server: Callable[..., ServerProcess]
-) -> None:
-    server = start_server()
-    alex = start_terminal(server.address, shell='"$@"; echo "ended $?"; cat')
-    go_to("chat", alex)
-    alex.type("in the middle ")
-
-    server.process.kill()
-    alex.type(f"of a sentence{ENTER}and another{ENTER}")
-    alex.wait_for("Connection lost:")
-    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
-    alex.type(f"2{ENTER}ls{ENTER}")
-
-    alex.wait_until(lambda: alex.screen.rows[-2:] == ["ended 1", ""])
-    alex.type(CTRL_D)
-    assert alex.end() == 0
-    assert alex.screen.rows[-4:] == [*EXITED, "ended 1", ""]
-
-
-@pytest.mark.parametrize("moment", [CTRL_Z, f"q{ENTER}"])
-def test_brackets_around_pastes_are_asked_for_only_while_the_client_runs(
-    chat: Chat, moment: str
-) -> None:
-    alex, _ = chat()
-    assert alex.screen.takes_pastes
-
-    alex.type(moment)
-
-    alex.status()
-    alex.drain()
-    assert not alex.screen.takes_pastes
-    if moment == CTRL_Z:
-        alex.resume()
-        alex.wait_until(lambda: alex.screen.takes_pastes)
-
-
-# --- secrets, private messages, and what the flags do -------------------------------
-
-
-def test_line_before_the_answer_to_the_name_is_shown_and_is_not_the_answer(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address)
-    piped.write("1\nAlex\nHello\nq\n")
-    caller = puppet.accept()
-    assert caller.line() == "Alex"
-
-    caller.say("Welcome to this house.")
-    piped.output.until("Welcome to this house.")
-    caller.say("! Not now.")
-
-    assert piped.output.lines(3)[0] == "! Not now."  # and Hello is the next name
-
+# --- passwords ----------------------------------------------------------------------
 
 PASSWORD = "correct horse battery"
+ASKED = "? The password?"
 
 
-def test_password_at_the_name_is_not_shown(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    go_to("name", alex)
+def test_password_at_the_name_is_not_shown(puppet: Puppet) -> None:
+    """And is never sent on a new connection, where it would be taken for a name."""
+    alex = puppet.terminal(at="name")
     alex.type(f"Alex{ENTER}")
-    caller = puppet.accept()
-    assert caller.line() == "Alex"
+    caller = puppet.hear()
 
-    caller.say("? This name is kept: its password?")
-    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
-    alex.type(f"{ARROW_UP}wrong{ENTER}")
+    caller.say(ASKED)
+    wait_for_prompt(alex, "Password:")
+    alex.type(f"{UP}wrong{ENTER}")
     assert caller.line() == "wrong"
     caller.say("! That is not it.")
     alex.wait_for("! That is not it.")
     alex.type(f"Alex{ENTER}")
     assert caller.line() == "Alex"
-    caller.say("? This name is kept: its password?")
+    caller.say(ASKED)
+    wait_for_prompt(alex, "Password:")
+    caller.close()
+    alex.type(f"for nobody{ENTER}")
+    wait_for_prompt(alex, "Enter your choice:")
+    alex.type(f"1{ENTER}Sam{ENTER}")
+    caller = puppet.hear("Sam")
+    caller.say(ASKED)
     alex.type(f"{PASSWORD}{ENTER}")
     assert caller.line() == PASSWORD
-    caller.say("* Welcome, Alex!")
+    caller.say("* Welcome, Sam!")
 
-    alex.wait_until(lambda: alex.screen.rows[-1] == "You:")
-    assert not {"wrong", PASSWORD} & {word for word in alex.output.split()}
+    wait_for_prompt(alex)
+    assert "wrong" not in alex.output
     assert PASSWORD not in alex.output
 
 
 @TERMINALS
 def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
-    puppet: Puppet, start_terminal: StartTerminal, kind: str
+    puppet: Puppet, kind: str
 ) -> None:
-    alex = start_terminal(puppet.address, TERM=kind)
-    caller = join(puppet, alex)
+    alex = puppet.terminal(TERM=kind)
+    caller = puppet.join(alex)
     alex.type(f"/register{ENTER}")
     assert caller.line() == "/register"
     caller.say("! /register is no command.")
     half = "" if kind == "dumb" else "half"
     alex.type(half)
-    alex.wait_until(lambda: alex.screen.rows[-1] == f"You: {half}".rstrip())
+    wait_for_prompt(alex, f"You: {half}".rstrip())
 
-    caller.say("? The new password?")
-    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
+    caller.say(ASKED)
+    wait_for_prompt(alex, "Password:")
     caller.say("Bob: Hi!")
     alex.wait_until(lambda: alex.screen.rows[-2:] == ["Bob: Hi!", "Password:"])
     alex.type(f"{PASSWORD}{ENTER}")
     assert caller.line() == PASSWORD
-    alex.wait_until(lambda: alex.screen.rows[-1] == f"You: {half}".rstrip())
+    wait_for_prompt(alex, f"You: {half}".rstrip())
     assert alex.screen.rows.count("You: half") == bool(half)
-    alex.type(f"{ARROW_UP * 2 if half else ''} a line{ENTER}")
+    alex.type(f"{UP * 2 if half else ''} a line{ENTER}")
 
     assert caller.line() == ("/register a line" if half else " a line")
     assert PASSWORD not in alex.output
 
 
-def test_refusal_of_an_earlier_line_does_not_show_a_piped_password(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address)
-    piped.write(f"1\nAlex\n/foo\n/register\n{PASSWORD}\nq\n")
-    caller = puppet.welcome()
-    assert caller.lines(2) == ["/foo", "/register"]
-
-    caller.say("! /foo is no command.")
-    caller.say("? The new password?")
-
-    assert caller.lines(2) == [PASSWORD, "q"]
-    caller.close()
-    status, output = piped.end()
-    assert status == 0
-    assert "Password: " in output
-    assert PASSWORD not in "\n".join(output)
-
-
-def test_piped_password_is_said_to_nobody_if_the_command_is_refused(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address)
-    piped.write(f"1\nAlex\n/register\n{PASSWORD}\nq\n")
-    caller = puppet.welcome()
-    assert caller.line() == "/register"
-
-    caller.say("! /register is no command.")
-
-    assert caller.rest() == []
-    caller.close()
-    status, output = piped.end()
-    assert status == 1
-    assert PASSWORD not in "\n".join(output)
-
-
-def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(
-    puppet: Puppet, start_piped: StartPiped
-) -> None:
-    piped = start_piped(puppet.address)
-    piped.write(f"1\nAlex\n{PASSWORD}\n/register\nanother one\nHello\nq\n")
-    caller = puppet.accept()
-    assert caller.line() == "Alex"
-    caller.say("? Its password?")
-    assert caller.line() == PASSWORD
-    caller.say("* Welcome, Alex!")
-    assert caller.line() == "/register"
-    caller.say("Bob: Hi!")
-    caller.say("? The new password?")
-    assert caller.lines(3) == ["another one", "Hello", "q"]
-    caller.close()
-
-    status, output = piped.end()
-    assert status == 0
-    assert output == [
-        *JOINING,
-        "? Its password?",
-        "Password: ",
-        "* Welcome, Alex!",
-        "You: /register",
-        "Bob: Hi!",
-        "? The new password?",
-        "Password: ",
-        "You: Hello",
-        "You: q",
-        *LEFT,
-    ]
-
-
-def test_pasted_password_is_not_shown(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
+def test_pasted_password_is_not_shown(puppet: Puppet) -> None:
+    alex = puppet.terminal()
+    caller = puppet.join(alex)
 
     alex.type(paste("/register", PASSWORD, "Hello", ""))
     assert caller.line() == "/register"
-    caller.say("? The new password?")
+    caller.say(ASKED)
 
     assert caller.lines(2) == [PASSWORD, "Hello"]
     alex.wait_until(lambda: alex.screen.rows[-2:] == ["You: Hello", "You:"])
     assert PASSWORD not in alex.output
 
 
-def test_password_is_never_sent_on_a_new_connection(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    """There it would be taken for a name, and shown to all."""
-    alex = start_terminal(puppet.address)
-    go_to("name", alex)
-    alex.type(f"Alex{ENTER}")
-    caller = puppet.accept()
-    assert caller.line() == "Alex"
-    caller.say("? Its password?")
-    alex.wait_until(lambda: alex.screen.rows[-1] == "Password:")
+def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) -> None:
+    piped = puppet.piped(f"1\nAlex\n{PASSWORD}\n/register\nanother one\nHello\nq\n")
+    caller = puppet.hear()
+    caller.say(ASKED)
+    assert caller.line() == PASSWORD
+    caller.say("* Welcome, Alex!")
+    assert caller.line() == "/register"
+    caller.say("Bob: Hi!")
+    caller.say(ASKED)
+    assert caller.lines(3) == ["another one", "Hello", "q"]
     caller.close()
 
-    alex.type(f"{PASSWORD}{ENTER}")
-
-    alex.wait_for("Connection lost:")
-    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
-    alex.type(f"1{ENTER}Sam{ENTER}")
-    assert puppet.welcome().name == "Sam"
-
-
-def test_private_message_looks_unlike_one_to_the_room(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
-
-    caller.say("Bob (private): psst")
-    caller.say("Bob: (private): no")
-    alex.wait_for("Bob: (private): no")
-
-    assert alex.screen.styles("Bob (private): psst") == {"35"}
-    assert "35" not in alex.screen.styles("Bob: (private): no")
-
-
-def test_own_name_is_bold_in_what_others_say(
-    puppet: Puppet, start_terminal: StartTerminal
-) -> None:
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
-
-    caller.say("Bob: so alex, Alexandra is here")
-    caller.say("Bob (private): is Alex?")
-    alex.wait_for("(private)")
-
-    assert alex.screen.styles("alex") == {"1"}
-    assert alex.screen.styles(", Alexandra is here") == {""}
-    assert alex.screen.styles("is Alex?") == {"35;1", "35"}
+    assert piped.end() == (
+        0,
+        [
+            *[*JOINING, ASKED, "Password: ", "* Welcome, Alex!"],
+            *["You: /register", "Bob: Hi!", ASKED, "Password: "],
+            *["You: Hello", "You: q", *LEFT],
+        ],
+    )
 
 
 @pytest.mark.parametrize(
-    ("line", "bells"),
-    [
-        ("Bob (private): psst", 1),
-        ("Bob: you, ALEX?", 1),
-        ("Bob: Alexandra", 0),
-        ("* Alex is a name", 0),
-        ("Bob: hello", 0),
-    ],
+    ("refused", "heard", "status"),
+    [("/foo", [PASSWORD, "q"], 0), ("/register", [], 1)],
+    ids=["an earlier line", "the command"],
 )
-def test_bell_rings_for_private_messages_and_for_the_own_name(
-    puppet: Puppet, start_terminal: StartTerminal, line: str, bells: int
+def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
+    puppet: Puppet, refused: str, heard: list[str], status: int
 ) -> None:
-    for flags, expected in ([], 0), (["--bell"], bells):
-        alex = start_terminal(puppet.address, [*PROGRAM, *flags])
-        join(puppet, alex).say(line)
-        alex.wait_for(line)
-        assert alex.screen.bells == expected
+    piped = puppet.piped(f"1\nAlex\n/foo\n/register\n{PASSWORD}\nq\n")
+    caller = puppet.welcome()
+    assert caller.lines(2) == ["/foo", "/register"]
+
+    caller.say(f"! {refused} is no command.")
+    if heard:
+        caller.say(ASKED)
+
+    assert caller.rest() == heard
+    caller.close()
+    ended, output = piped.end()
+    assert ended == status
+    assert ("Password: " in output) == (heard != [])
+    assert PASSWORD not in "\n".join(output)
 
 
-def test_times_stand_before_what_comes_from_the_server(
-    puppet: Puppet, start_piped: StartPiped
+# --- leaving, stopping and losing the connection at odd moments ---------------------
+
+# The first connection is made; each later one hangs until something is typed.
+HANGING_CONNECT = """
+connect = client.socket.create_connection
+def hang(*address):
+    client.os.write(1, b"(connecting)\\n")
+    client.select.select([0], [], [])
+    raise TimeoutError("timed out")
+def connect_once(*address):
+    client.socket.create_connection = hang
+    return connect(*address)
+client.socket.create_connection = connect_once
+"""
+
+
+@TERMINALS
+@pytest.mark.parametrize("keys", [CTRL_D, f"q{ENTER}"], ids=["Ctrl-D", "q"])
+def test_leaving_while_a_new_connection_is_being_made(
+    puppet: Puppet, keys: str, kind: str
 ) -> None:
-    piped = start_piped(puppet.address, [*PROGRAM, "--times", "--bell"])
-    piped.write("1\nAlex\nHello\nq\n")
-    puppet.welcome().close()
+    alex = puppet.terminal(changed(HANGING_CONNECT), TERM=kind)
+    puppet.join(alex).close()
+    wait_for_prompt(alex, "Enter your choice:")
+    alex.type(f"1{ENTER}")
+    alex.wait_for("(connecting)")
 
-    _, output = piped.end()
+    alex.type(keys)
 
-    welcome = next(line for line in output if "Welcome" in line)
-    assert re.fullmatch(r"[0-2]\d:[0-5]\d \* Welcome, Alex!", welcome)
-    assert {*START, *NAMED, JOINING[-1]} < {*output}
-
-
-@pytest.mark.parametrize(
-    ("keys", "text"),
-    [
-        ("so sa\t!", "so Samuel!"),
-        ("SA\t\t!", "Sam!"),
-        ("sa\t\t\t!", "Samuel!"),
-        ("/msg \t hi", "/msg Samuel hi"),
-        ("/msg e\t hi", "/msg Eve hi"),
-        ("e\t b\t d\t", "Eve Bob Dan"),
-        (f"sa there{ARROW_LEFT * 6}\t", "Samuel there"),
-        ("you\tx", "you    x"),
-        ("al\tx", "al    x"),
-    ],
-)
-def test_tab_completes_the_names_that_were_seen(
-    puppet: Puppet, start_terminal: StartTerminal, keys: str, text: str
-) -> None:
-    alex = start_terminal(puppet.address)
-    go_to("name", alex)
-    alex.type(f"Alex{ENTER}")
-    caller = puppet.accept()
-    assert caller.line() == "Alex"
-    caller.say("* Welcome, Alex! /help lists the commands. Also online: Bob, Eve.")
-    caller.say("* 3 online: Alex, Bob, Dan")
-    caller.say("* Sam has joined the chat.")
-    caller.say("Samuel: hello you, there")
-    alex.wait_for("Samuel: hello")
-
-    alex.type(f"{keys}{ENTER}")
-
-    assert caller.line() == text
+    assert alex.end() == 1
+    assert alex.screen.rows[-3:] == [*LEFT, ""]
 
 
-# --- starts that fail, and odd surroundings -----------------------------------------
-
-
-@pytest.mark.parametrize("host", ["", "a..b", "x" * 64, "no-such-host.invalid"])
-def test_host_that_cannot_be_is_one_line_that_says_so(room: Room, host: str) -> None:
-    port = room.address.rpartition(":")[2]
-
-    run = run_program("--host", host, "--port", port)
-
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr.count("\n") == 1
-    for part in host or "''", port, "--host":
-        assert part in run.stderr
-
-
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_stream_without_a_descriptor_is_no_reason_for_a_traceback(
-    room: Room, closed: str
-) -> None:
-    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command(room.address)]
-
-    run = subprocess.run(
-        shell,
-        check=False,
-        input=b"1\nAlex\nq\n",
-        capture_output=True,
-        env=environment(),
-        timeout=HANG_SECONDS,
-    )
-
-    assert run.returncode == 0
-    assert run.stderr == b""
-
-
-@pytest.mark.parametrize("files", [5, 6, 7])
-def test_too_few_descriptors_are_one_line(room: Room, files: int) -> None:
-    shell = f'ulimit -n {files} && exec "$@"'
-    run = subprocess.run(
-        ["sh", "-c", shell, "sh", *command(room.address)],
-        check=False,
-        input="q\n",
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=HANG_SECONDS,
-    )
-
-    assert "Traceback" not in run.stderr
-    assert run.returncode == 0 or run.stderr.count("\n") == 1
-
-
-def test_ctrl_c_while_python_imports_is_silent(tmp_path: Path) -> None:
-    for name in "client.py", "protocol.py":
-        (tmp_path / name).write_text((PROJECT / name).read_text())
-    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    (tmp_path / "argparse.py").write_text(interrupt)
-
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "client.py")], check=False, capture_output=True
-    )
-
-    assert (run.returncode, run.stderr) == (-signal.SIGINT, b"")
-
-
-def test_old_python_is_one_line_that_says_what_is_needed() -> None:
-    old = "import runpy, sys; sys.version_info = (3, 10); "
-    run_it = f"runpy.run_path({PROGRAM[0]!r}, run_name='__main__')"
-
-    run = subprocess.run(
-        [sys.executable, "-c", old + run_it],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-
-    assert run.returncode == 1
-    assert run.stderr.count("\n") == 1
-    assert "3.11" in run.stderr
-
-
-def test_prompt_goes_out_before_the_answer_if_only_the_keyboard_is_a_terminal(
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_client_that_is_terminated_while_it_is_stopped_ends(
     room: Room, start_terminal: StartTerminal
 ) -> None:
-    alex = start_terminal(room.address, shell='"$@" | cat')
+    """Continued in the background it may not touch the terminal: that would stop it."""
+    alex = start_terminal(room.address)
+    bob = meet(room, alex)
+    process = alex.pid()
+    alex.type(CTRL_Z)
+    assert alex.status() == 128 + signal.SIGTSTP
 
-    go_to("chat", alex)
-    alex.type(f"q{ENTER}")
+    os.kill(process, signal.SIGTERM)
+    os.kill(process, signal.SIGCONT)
 
-    alex.wait_for("Connection closed.")
-    assert alex.end() == 0
-    assert ESCAPE not in alex.output
+    def has_ended() -> bool:
+        try:
+            stat = Path(f"/proc/{process}/stat").read_text()
+        except OSError:
+            return True
+        return stat.rpartition(")")[2].split()[0] == "Z"
 
-
-def test_stop_that_comes_with_keys_is_heeded_at_once(chat: Chat) -> None:
-    """It empties the system's buffer, so that there is nothing to read after all."""
-    alex, _ = chat()
-
-    for _ in range(20):
-        alex.type(f"x{CTRL_Z}")
-        assert alex.status() == 128 + signal.SIGTSTP
-        alex.resume()
-        alex.wait_until(lambda: alex.screen.takes_pastes)
+    assert bob.line() == HAS_LEFT
+    wait_until(has_ended)
+    assert alex.modes() == alex.modes_before
 
 
-def test_rest_of_the_sentence_is_no_answer_to_the_menu(
-    puppet: Puppet, start_terminal: StartTerminal
+def test_no_to_a_long_paste_keeps_what_stood_behind_the_cursor(
+    small_chat: Chat,
 ) -> None:
-    alex = start_terminal(puppet.address)
-    caller = join(puppet, alex)
-    alex.type("the answers are")
-    alex.wait_for("You: the answers are")
+    alex, bob = small_chat
+    lines = [f"line {number}" for number in range(6)]
 
-    caller.close()
-    alex.wait_for("Connection lost:")
-    alex.type(f" 1 and{ENTER}2{ENTER}")
+    alex.type(f"say now{LEFT_KEY * 4}{paste(*lines, '')}")
+    alex.wait_for("Send 6 lines?")
+    alex.type(ENTER)
+    wait_for_prompt(alex, "You: sayline 0 now")
+    alex.type(f"!{ENTER}")
 
-    alex.wait_until(lambda: alex.screen.rows[-1] == "Enter your choice:")
-    assert alex.is_silent(0.2)
+    assert bob.line() == "Alex: sayline 0! now"
+
+
+def test_pasted_lines_that_were_not_sent_are_counted_when_the_connection_is_lost(
+    puppet: Puppet,
+) -> None:
+    alex = puppet.terminal(changed(SMALL_SEND_BUFFER))
+    caller = puppet.join(alex)
+    alex.type(paste(*["x" * 1000] * 200, "") + f"y{ENTER}")
+    alex.wait_until(lambda: "You: x" in alex.output)
+    while not alex.is_silent(0.1):
+        alex.drain()
+
+    caller.reset()
+
+    alex.wait_for("not sent")
+    (unsent,) = re.findall(r"not sent: (\d+)", alex.output)
+    assert 0 < int(unsent) == 200 - alex.output.count("You: x")
+
+
+def test_password_on_a_dumb_terminal_is_not_shown_after_ctrl_z_and_fg(
+    puppet: Puppet,
+) -> None:
+    alex = puppet.terminal(at="name", TERM="dumb")
+    alex.type(f"Alex{ENTER}")
+    caller = puppet.hear()
+    caller.say(ASKED)
+    wait_for_prompt(alex, "Password:")
+    hidden = alex.modes()
+
+    alex.type(CTRL_Z)
+    assert alex.status() == 128 + signal.SIGTSTP
+    assert alex.modes() == alex.modes_before
+    alex.resume()
+    wait_until(lambda: alex.modes() == hidden)
+    alex.type(f"{PASSWORD}{ENTER}")
+
+    assert caller.line() == PASSWORD
+    assert PASSWORD not in alex.output
+
+
+def test_reset_while_a_pipe_is_leaving_is_told_and_has_status_1(puppet: Puppet) -> None:
+    piped = puppet.piped("1\nAlex\nHello\nq\n")
+    caller = puppet.welcome()
+    piped.output.until("Leaving the chat...")
+
+    caller.reset()
+
+    lost = "Connection lost: Connection reset by peer."
+    assert piped.end() == (1, [lost, "Connection closed."])
