@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,17 +15,19 @@ from helpers import (
     Peer,
     Room,
     StartRoom,
-    StartServer,
     assert_next,
     joined,
     left,
 )
 
+import server
+
 # --- lines, good and bad ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [4095, 4096])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("length", "end"), [(4095, "\n"), (4096, "\n"), (4096, "\r\n")]
+)
 def test_a_message_up_to_the_limit_arrives(room: Room, length: int, end: str) -> None:
     alex, bob = room.members("Alex", "Bob")
 
@@ -33,17 +36,15 @@ def test_a_message_up_to_the_limit_arrives(room: Room, length: int, end: str) ->
     assert bob.line() == "Alex: " + "x" * length
 
 
-REFUSED_LINES = [b"x" * 4097, b"x" * 100_000, b"\xff", b"fin\xc3", b"\xed\xa0\x80"]
-
-
-@pytest.mark.parametrize("line", REFUSED_LINES, ids=lambda line: repr(line[:5]))
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_a_refused_line_leaves_its_neighbours_intact(
-    room: Room, line: bytes, end: bytes
-) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [b"x" * 4097, b"x" * 100_000, b"fin\xc3", b"\xed\xa0\x80"],
+    ids=["above the limit", "far above", "half a character", "surrogate"],
+)
+def test_a_refused_line_leaves_its_neighbours_intact(room: Room, line: bytes) -> None:
     alex, bob = room.members("Alex", "Bob")
 
-    alex.send(b"before" + end + line + end + b"after" + end)
+    alex.send(b"before\r\n" + line + b"\r\nafter\r\n")
 
     assert bob.lines(2) == ["Alex: before", "Alex: after"]
     assert alex.line().startswith("! ")
@@ -77,29 +78,28 @@ def test_what_drives_a_terminal_or_reorders_text_reaches_nobody(room: Room) -> N
     assert bob.line() == "Alex: a\ufffd\ufffd[2J" + "\ufffd" * 8 + "z    z"
 
 
-def test_everything_else_arrives_byte_for_byte(room: Room) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  👩‍👩‍👧 ❤️ e\u0301 می\u200cخواهم a\u3000b \ufeff\U0010ffff: * ! ",
+        *("* Bob has left the chat.", "! no", "Bob: hi", " q", " /who"),
+        *("/who", "//", "/"),  # said with one slash more
+    ],
+)
+def test_everything_else_arrives_byte_for_byte(room: Room, text: str) -> None:
+    """Also what looks like another kind of line."""
     alex, bob = room.members("Alex", "Bob")
-    text = "  👩‍👩‍👧 ❤️ e\u0301 می\u200cخواهم a\u3000b \ufeff\U0010ffff: * ! "
 
-    alex.say(text)
+    alex.say(re.sub("^/", "//", text))
 
     assert bob.line() == f"Alex: {text}"
+    assert_next(bob, alex)
 
 
-@pytest.mark.parametrize("text", ["* Bob has left the chat.", "! no", "Bob: hi", " q"])
-def test_a_message_cannot_pass_for_another_kind_of_line(room: Room, text: str) -> None:
+def test_a_last_line_without_newline_is_not_passed_on(room: Room) -> None:
     alex, bob = room.members("Alex", "Bob")
 
-    alex.say(text)
-
-    assert bob.line() == f"Alex: {text}"
-
-
-@pytest.mark.parametrize("tail", ["unfinished", "q", "\xff", "x" * 4096, "x\r"])
-def test_a_last_line_without_newline_is_not_passed_on(room: Room, tail: str) -> None:
-    alex, bob = room.members("Alex", "Bob")
-
-    alex.send("finished\n" + tail)
+    alex.send("finished\nunfinished")
     alex.close()
 
     assert bob.lines(2) == ["Alex: finished", left("Alex")]
@@ -118,10 +118,28 @@ def test_a_message_goes_to_every_member_but_its_sender(room: Room) -> None:
     assert_next(carol, bob)
 
 
-def test_all_members_see_one_order(start_room: StartRoom) -> None:
-    """Twenty senders, thirty readers, and ten visitors who come and go meanwhile."""
-    room = start_room(lines_per_second=0)
-    readers = [room.member(f"reader{i}") for i in range(30)]
+def on_the_terminal(told: list[str]) -> list[str]:
+    """Return what the server's terminal shows, as members see it."""
+    events = {
+        r"Received message from (\S+: (line|bye).*)": r"\1",
+        r"User (.+ has joined the chat\.)": r"* \1",
+        r"Removing user: (\S+) from clients": r"* \1 has left the chat.",
+    }
+    return [
+        re.sub(event, line, text)
+        for text in told
+        for event, line in events.items()
+        if re.fullmatch(event, text)
+    ]
+
+
+def test_all_members_and_the_terminal_see_one_order(start_room: StartRoom) -> None:
+    """Twenty senders, ten readers, and ten visitors who come and go meanwhile."""
+    told: list[str] = []
+    room = start_room(
+        lines_per_second=0, tell=lambda text: told.extend(text.split("\n"))
+    )
+    readers = [room.member(f"reader{i}") for i in range(10)]
     senders = [room.member(f"sender{i}") for i in range(20)]
     for peer in readers + senders[:-1]:
         peer.until(joined("sender19"))
@@ -161,6 +179,9 @@ def test_all_members_see_one_order(start_room: StartRoom) -> None:
     for name, heard in zip(names, visits, strict=True):
         stay = order[order.index(joined(name)) + 1 : order.index(left(name))]
         assert heard == [line for line in stay if line != f"{name}: bye"]
+    room.close_peers()
+    room.stop()
+    assert on_the_terminal(told)[30 : 30 + len(order)] == order
 
 
 def test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once(
@@ -169,28 +190,22 @@ def test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once(
     """All but one do not read for a while, and then go on from different places."""
     room = start_room(small_buffers=True, lines_per_second=0)
     watcher = room.member("Watcher")
-    listeners = [
-        room.member(f"listener{i}", receive_buffer=(i + 1) * SMALL_BUFFER)
-        for i in range(6)
-    ]
-    speakers = [room.member(f"s{i}", receive_buffer=SMALL_BUFFER) for i in range(2)]
-    for peer, last in ((watcher, "s1"), *((peer, "s1") for peer in listeners)):
-        peer.until(joined(last))
-    assert speakers[0].line() == joined("s1")
+    sizes = {f"listener{i}": (i + 1) * SMALL_BUFFER for i in range(6)}
+    sizes |= {f"s{i}": SMALL_BUFFER for i in range(2)}
+    slow: list[Peer] = []
+    for name, size in sizes.items():
+        slow.append(room.member(name, watcher, *slow, receive_buffer=size))
     order: list[str] = []
 
     for i in range(60):
-        for speaker in speakers:
+        for speaker in slow[-2:]:
             speaker.say(f"{i:02} " + "é" * (30 * i))
         order += watcher.lines(2)
 
-    with ThreadPoolExecutor(8) as pool:
-        for heard in pool.map(lambda peer: peer.lines(len(order)), listeners):
-            assert heard == order
-        for speaker in speakers:
-            others = [line for line in order if not line.startswith(speaker.name)]
-            assert speaker.lines(len(others)) == others
-    assert_next(watcher, *listeners, *speakers)
+    for reader in slow:
+        others = [line for line in order if not line.startswith(f"{reader.name}:")]
+        assert reader.lines(len(others)) == others
+    assert_next(watcher, *slow)
 
 
 # --- what was sent before leaving ---------------------------------------------------
@@ -216,11 +231,10 @@ def test_what_was_sent_before_leaving_is_delivered(
 def test_what_was_sent_before_closing_is_delivered_though_writing_fails(
     start_room: StartRoom,
 ) -> None:
-    room = start_room(lines_per_second=10)
+    room = start_room(lines_per_second=20)
     bob, carol = room.members("Bob", "Carol")
-    alex = room.member("Alex")
-    assert bob.line() == joined("Alex")
-    alex.send("".join(f"line {i}\n" for i in range(105)))  # one is for the name
+    alex = room.member("Alex", bob, carol)
+    alex.send("".join(f"line {i}\n" for i in range(205)))  # one is for the name
     alex.close()
     heard = bob.lines(1)
 
@@ -230,7 +244,7 @@ def test_what_was_sent_before_closing_is_delivered_though_writing_fails(
         carol.gather(f"Bob: {text}".__eq__)
 
     heard += bob.until(left("Alex"))
-    assert heard == [f"Alex: line {i}" for i in range(105)]
+    assert heard == [f"Alex: line {i}" for i in range(205)]
 
 
 def test_who_half_closes_at_once_is_heard_and_answered(room: Room) -> None:
@@ -257,26 +271,22 @@ def test_who_leaves_reads_its_replies_though_it_sent_more(room: Room) -> None:
     assert bob.lines(2) == [joined("Alex"), left("Alex")]
 
 
-@pytest.mark.parametrize("small_buffers", [False, True])
-def test_who_leaves_still_receives_what_was_said_before(
-    start_server: StartServer, small_buffers: bool
-) -> None:
+def test_who_leaves_still_receives_what_was_said_before(start_room: StartRoom) -> None:
     """Also what its socket could not take yet, and though it sent more than q."""
-    chat = start_server("--rate", "0", "--quiet", small_buffers=small_buffers)
-    bob, carol = chat.members("Bob", "Carol")
-    alex = chat.member("Alex", receive_buffer=SMALL_BUFFER)
-    assert carol.line() == joined("Alex")
-    texts = [f"{i:03} " + "x" * 1000 for i in range(100)]
-    bob.send("".join(f"{text}\n" for text in texts))
-    assert carol.lines(100) == [f"Bob: {text}" for text in texts]
+    room = start_room(small_buffers=True, lines_per_second=0)
+    bob, carol = room.members("Bob", "Carol")
+    alex = room.slow_member(bob, carol)
+    said = [f"Bob: {i:03} " + "x" * 1000 for i in range(100)]
+    bob.send("".join(line.removeprefix("Bob: ") + "\n" for line in said))
+    assert carol.lines(100) == said
 
     alex.send(b"q\n" + b"too late\n" * 1000)
 
-    assert carol.line() == left("Alex")
-    passer_by = chat.connect()
+    assert carol.line() == left("Slow")
+    passer_by = room.connect()
     passer_by.send("q\n")
     assert passer_by.rest() == []  # the server has had the time to close Alex's too
-    assert alex.rest() == [f"Bob: {text}" for text in texts]
+    assert alex.rest() == said
 
 
 # --- the rate -----------------------------------------------------------------------
@@ -284,30 +294,30 @@ def test_who_leaves_still_receives_what_was_said_before(
 
 @pytest.mark.parametrize("lines", [9, 10])
 def test_a_burst_up_to_ten_seconds_worth_arrives_at_once(
-    start_room: StartRoom, lines: int
+    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch, lines: int
 ) -> None:
-    room = start_room(lines_per_second=1)
+    monkeypatch.setattr(server, "BURST_SECONDS", 1000)  # instead of 10
+    room = start_room(lines_per_second=0.01)  # the eleventh comes after 100 s
     (bob,) = room.members("Bob")
-    began = time.monotonic()
 
     room.connect().send("Alex\n" + "hi\n" * (lines - 1))  # a name is a line too
 
     assert bob.lines(lines) == [joined("Alex")] + ["Alex: hi"] * (lines - 1)
-    assert time.monotonic() - began < 0.8
 
 
-@pytest.mark.parametrize("line", [b"hi\n", b"\n", b"\xff\n"], ids=repr)
 def test_a_line_above_the_burst_is_read_later_and_not_lost(
-    start_room: StartRoom, line: bytes
+    start_room: StartRoom,
 ) -> None:
+    """Refused lines, blank ones and commands count."""
     room = start_room(lines_per_second=2)
     (bob,) = room.members("Bob")
     began = time.monotonic()
 
-    room.connect().send(b"Alex\n" + line * 19 + b"above\n")
+    kinds = b"hi\n\n\xff\n/x\n/msg Bob hi\n"
+    room.connect().send(b"Alex\n" + kinds * 3 + b"\n" * 4 + b"above\n")
 
     assert bob.gather("Alex: above".__eq__)
-    assert 0.5 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.5
 
 
 def test_nobody_is_slower_for_one_who_sends_too_fast(start_room: StartRoom) -> None:
@@ -318,4 +328,4 @@ def test_nobody_is_slower_for_one_who_sends_too_fast(start_room: StartRoom) -> N
 
     carol.say("hello")
 
-    assert bob.until("Carol: hello") in ([], ["Alex: hi"])
+    assert len(bob.until("Carol: hello")) < 500
