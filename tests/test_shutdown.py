@@ -12,9 +12,7 @@ import pytest
 from helpers import (
     HANG_SECONDS,
     SHUTTING_DOWN,
-    SMALL_BUFFER,
     Peer,
-    Room,
     ServerProcess,
     StartRoom,
     StartServer,
@@ -58,11 +56,9 @@ def test_all_that_was_told_arrives_before_the_shutdown(
     reader, *writers = chat.members("Reader", "Writer1", "Writer2", "Writer3")
 
     def write(writer: Peer) -> None:
-        try:
+        with suppress(OSError):  # the server is gone
             for i in range(3000):
                 writer.say(f"line {i}")
-        except OSError:
-            pass  # the server is gone
 
     with ThreadPoolExecutor(5) as pool:
         output = pool.submit(chat.output.rest)
@@ -83,23 +79,25 @@ def test_all_that_was_told_arrives_before_the_shutdown(
     assert sorted(received) == sorted(heard)
 
 
-def stall_a_member(chat: ServerProcess, speaker: Peer, reader: Peer) -> None:
-    """Have a member for whom more waits than the kernel takes."""
-    chat.member("Stalled", receive_buffer=SMALL_BUFFER)
-    reader.line()
-    for _ in range(20):  # which also fills the pipe that nobody reads
-        speaker.say("x" * 4000)
-        reader.line()
+def stall_a_member(chat: ServerProcess) -> Peer:
+    """Have a member for whom more waits than the kernel takes; return one that reads.
+
+    And fill the pipe of the terminal, which nobody reads.
+    """
+    alex, bob = chat.members("Alex", "Bob")
+    chat.slow_member(bob)
+    for _ in range(20):
+        alex.say("x" * 4000)
+        bob.line()
+    return bob
 
 
-@pytest.mark.parametrize("flags", [["--quiet"], []], ids=["", "nor a stuck terminal"])
-def test_a_stalled_member_does_not_hold_up_the_shutdown(
-    start_server: StartServer, flags: list[str]
+def test_neither_a_stalled_member_nor_a_stuck_terminal_holds_up_the_shutdown(
+    start_server: StartServer,
 ) -> None:
     """It takes 1.5 s: so long the stalled member may still read."""
-    chat = start_server("--rate", "0", *flags, small_buffers=True)
-    alex, bob = chat.members("Alex", "Bob")
-    stall_a_member(chat, alex, bob)
+    chat = start_server("--rate", "0", small_buffers=True)
+    bob = stall_a_member(chat)
 
     began = time.monotonic()
     chat.interrupt()
@@ -110,33 +108,29 @@ def test_a_stalled_member_does_not_hold_up_the_shutdown(
 
 
 def test_a_second_interrupt_ends_the_server_at_once(start_server: StartServer) -> None:
-    chat = start_server("--rate", "0", small_buffers=True)
-    alex, bob = chat.members("Alex", "Bob")
-    stall_a_member(chat, alex, bob)
+    patch = "server.SHUTDOWN_SECONDS = 60"
+    chat = start_server("--rate", "0", small_buffers=True, patch=patch)
+    bob = stall_a_member(chat)
     chat.interrupt()
     assert bob.line() == SHUTTING_DOWN
-    began = time.monotonic()
 
     chat.interrupt()
 
     assert chat.wait() in (-signal.SIGINT, 130)
-    assert time.monotonic() - began < 1  # and, as always, nothing is on stderr
-
-
-def test_no_new_clients_come_in_after_a_shutdown(room: Room) -> None:
-    room.stop()
-
-    with pytest.raises(ConnectionRefusedError):
-        room.connect()
+    # And, as always, nothing is on stderr.
 
 
 def test_a_shutdown_is_over_once_all_clients_have_hung_up(
-    room: Room, monkeypatch: pytest.MonkeyPatch
+    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 8)  # instead of 1.3
-    monkeypatch.setattr(server, "HANG_UP_SECONDS", 8)  # instead of 0.5
+    """However many lines one of them has sent, faster than it may; nobody comes in."""
+    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 60)  # instead of 1.3
+    monkeypatch.setattr(server, "HANG_UP_SECONDS", 60)  # instead of 0.5
+    monkeypatch.setattr(server, "THROTTLE_PAUSE_SECONDS", 60)  # instead of 0.05
+    room = start_room(lines_per_second=1)
     alex, bob = room.members("Alex", "Bob")
-    began = time.monotonic()
+    alex.send("hi\n" * 1000)
+    assert bob.lines(9) == ["Alex: hi"] * 9
 
     room.server.stop()
     for peer in (alex, bob):
@@ -144,26 +138,11 @@ def test_a_shutdown_is_over_once_all_clients_have_hung_up(
         peer.close()
     room.stop()
 
-    assert time.monotonic() - began < 4
+    with pytest.raises(ConnectionRefusedError):
+        room.connect()
 
 
-def test_a_shutdown_wakes_one_who_sends_too_fast(start_room: StartRoom) -> None:
-    room = start_room(lines_per_second=1)
-    alex, bob = room.members("Alex", "Bob")
-    alex.send("hi\n" * 1000)
-    bob.lines(9)
-    began = time.monotonic()
-
-    room.server.stop()
-
-    assert bob.gather(SHUTTING_DOWN.__eq__)
-    assert bob.rest() == []
-    room.close_peers()
-    room.stop()
-    assert time.monotonic() - began < 2
-
-
-@pytest.mark.parametrize("joins", [1, 10, 100])
+@pytest.mark.parametrize("joins", [1, 50])
 def test_who_joined_before_a_shutdown_is_announced_and_told_of_it(
     start_room: StartRoom, joins: int
 ) -> None:
@@ -202,14 +181,13 @@ def test_who_joined_before_a_shutdown_is_announced_and_told_of_it(
 
     with ThreadPoolExecutor(6) as pool:
         watching = pool.submit(watch)
-        for each in [
-            pool.submit(stop), *(pool.submit(keep_joining, seed) for seed in range(4))
-        ]:  # fmt: skip
+        joining = [pool.submit(keep_joining, seed) for seed in range(4)]
+        for each in (pool.submit(stop), *joining):
             each.result(HANG_SECONDS)
-    read = watching.result(HANG_SECONDS)
+    *read, last = watching.result()
 
-    assert sorted(read[:-1]) == sorted(map(joined, names))
-    assert {read[-1], *last_lines} == {SHUTTING_DOWN}
+    assert sorted(read) == sorted(map(joined, names))
+    assert {last, *last_lines} == {SHUTTING_DOWN}
 
 
 # --- bugs: an exception that nobody expected ----------------------------------------
@@ -254,24 +232,33 @@ socket.socket.accept = broken
 
 def assert_ended_by_a_bug(chat: ServerProcess, error: str) -> None:
     """Check that the server has ended in order, and has told why, once."""
+    chat.close_peers()
     assert chat.wait() == 1
     errors = chat.end()
     assert errors.count("Traceback") == 1, errors
     assert errors.splitlines()[-1].startswith(error), errors
 
 
-@pytest.mark.parametrize("text", ["boom", "boom" + "x" * 4090], ids=["short", "long"])
-def test_an_exception_in_sending_ends_the_server_in_order(
-    start_server: StartServer, text: str
+@pytest.mark.parametrize(
+    ("patch", "text"),
+    [
+        (SENDING.format(1), "boom"),
+        (SENDING.format(1), "boom" + "x" * 4090),
+        (RECORDING, "boom"),
+    ],
+    ids=["short line", "long line", "terminal"],
+)
+def test_an_exception_in_sending_or_writing_ends_the_server_in_order(
+    start_server: StartServer, patch: str, text: str
 ) -> None:
-    chat = start_server(patch=SENDING.format(1))
+    chat = start_server(patch=patch)
     alex, bob = chat.members("Alex", "Bob")
 
     alex.say(text)
 
-    assert_ended_by_a_bug(chat, "MemoryError: no more")
     for peer in (alex, bob):
         assert {*peer.rest()} <= {f"Alex: {text}", SHUTTING_DOWN}
+    assert_ended_by_a_bug(chat, "MemoryError: no more")
     again = start_server("--port", chat.address.rpartition(":")[2])
     assert again.address == chat.address
 
@@ -280,11 +267,10 @@ def test_an_exception_in_sending_hangs_nobody_who_waits(
     start_server: StartServer,
 ) -> None:
     """Neither for room in the outbox, nor for the last line to one that leaves."""
-    chat = start_server(
-        "--rate", "0", "--quiet", patch=SENDING.format(99), small_buffers=True
-    )
+    patch = f"server.HANG_UP_SECONDS = 0.1\n{SENDING.format(99)}"
+    chat = start_server("--rate", "0", "--quiet", patch=patch, small_buffers=True)
     alex, *writers = chat.members("Alex", "Writer1", "Writer2", "Writer3")
-    chat.member("Leaving", receive_buffer=SMALL_BUFFER).send(b"\xff\n" * 1000 + b"q\n")
+    chat.slow_member().send(b"\xff\n" * 1000 + b"q\n")
     together = threading.Barrier(4)
 
     def write(writer: Peer) -> None:
@@ -300,26 +286,10 @@ def test_an_exception_in_sending_hangs_nobody_who_waits(
         alex.say("boom")
 
         assert chat.wait() == 1
+    assert "MemoryError: no more" in chat.end()
 
 
-def test_an_exception_in_writing_to_the_terminal_ends_the_server_in_order(
-    start_server: StartServer,
-) -> None:
-    chat = start_server(patch=RECORDING)
-    alex, bob = chat.members("Alex", "Bob")
-
-    alex.say("boom")
-
-    assert bob.rest() == ["Alex: boom", SHUTTING_DOWN]
-    assert alex.rest() == [SHUTTING_DOWN]
-    chat.close_peers()
-    assert_ended_by_a_bug(chat, "MemoryError: no more")
-
-
-@pytest.mark.parametrize(
-    "error",
-    ["OSError(errno.EBADF, 'gone')", "OSError('odd')", "MemoryError('no more')"],
-)
+@pytest.mark.parametrize("error", ["OSError(errno.EBADF, 'gone')", "OSError('odd')"])
 def test_an_exception_in_accepting_ends_the_server_in_order(
     start_server: StartServer, error: str
 ) -> None:
@@ -331,8 +301,7 @@ def test_an_exception_in_accepting_ends_the_server_in_order(
 
     for peer in (alex, bob):
         assert peer.rest() == [SHUTTING_DOWN]
-    chat.close_peers()
-    assert_ended_by_a_bug(chat, error.partition("(")[0])
+    assert_ended_by_a_bug(chat, "OSError")
 
 
 @pytest.mark.parametrize("joins", [True, False], ids=["member", "not joined"])
@@ -341,10 +310,7 @@ def test_an_exception_in_reading_ends_that_one_connection(
 ) -> None:
     chat = start_server(patch=READING)
     alex, bob = chat.members("Alex", "Bob")
-    carol = chat.connect()
-    if joins:
-        carol.join("Carol")
-        assert len(alex.lines(1) + bob.lines(1)) == 2
+    carol = chat.member("Carol", alex, bob) if joins else chat.connect()
 
     carol.say("boom")
 

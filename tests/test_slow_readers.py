@@ -22,7 +22,6 @@ from helpers import (
     StartServer,
     allow_open_files,
     assert_next,
-    joined,
     left,
     needs_linux,
     needs_proc,
@@ -178,35 +177,28 @@ def test_an_idle_server_uses_no_cpu(start_server: StartServer) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize(
-    "line", [b"\xff\n", b"x" * 4097 + b"\n", b"/who\n"], ids=["bytes", "long", "who"]
-)
+@pytest.mark.parametrize("line", [b"\xff\n", b"/who\n"], ids=["refused", "answered"])
 def test_answers_that_are_not_read_are_bounded_and_disturb_no_conversation(
     start_server: StartServer, line: bytes
 ) -> None:
-    """Refusals as well as those of commands."""
     chat = start_server("--rate", "0", "--quiet", small_buffers=True)
     alex, bob = chat.members("Alex", "Bob")
     slow = chat.slow_member(alex, bob)
-    block = line * (20_000 // len(line))
     read: list[str] = []
 
     def flood() -> None:
         with suppress(ConnectionError):  # it is cut off
-            while not read:
-                slow.send(block)
+            while True:
+                slow.send(line * 2000)
 
     with chat.growing_by_less_than(16 * MIB), ThreadPoolExecutor(1) as pool:
         flooding = pool.submit(flood)
-        rounds = 0
-        while not (read or rounds == 200 and len(line) > 4096):
+        while not read:
             alex.say("hi")
             read += bob.until("Alex: hi")
-            rounds += 1
-        read.append("enough")
         flooding.result()
 
-    assert read[:-1] == [left("Slow")] * (len(read) - 1)
+    assert read == [left("Slow")]
 
 
 def test_refusals_that_have_been_read_do_not_count(
@@ -238,11 +230,12 @@ def test_a_slow_reader_that_speaks_sees_all_but_its_own_lines(
     for i in range(300):
         text = "x" * (3000 if i < 20 or i % 50 == 0 else 10) + str(i)
         alex.say(text)
+        assert bob.line() == f"Alex: {text}"
         slow.send(f"own {i}\n".encode() + b"\xff\n")
-        assert {*bob.lines(2)} == {f"Alex: {text}", f"Slow: own {i}"}
+        assert bob.line() == f"Slow: own {i}"
         promised += [f"Alex: {text}", "! That line is not UTF-8."]
 
-    assert sorted(slow.lines(len(promised))) == sorted(promised)
+    assert slow.lines(len(promised)) == promised
     assert_next(bob, slow)
 
 
