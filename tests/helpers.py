@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -292,6 +292,28 @@ def run_server(
 def _command(program: Iterable[str], flags: Iterable[str], limits: str) -> list[str]:
     shell = ["sh", "-c", f'{limits} && exec "$@"', "sh"]
     return [*shell, sys.executable, *program, *flags]
+
+
+_EACH = """
+import sys, server
+for flags in {!r}:
+    sys.argv = ["server.py", *flags]
+    try:
+        status = server.main()
+    except SystemExit as end:
+        status = end.code
+    print(status)
+"""
+
+
+def explanations(status: int, *flags: Sequence[str]) -> list[str]:
+    """Check that these flags start no server; return the line that each gives."""
+    run = run_server(program=["-c", _EACH.format(flags)])
+    assert run.stdout == f"{status}\n" * len(flags)
+    lines = run.stderr.splitlines()
+    assert all(line.startswith("server.py: ") for line in lines)
+    assert len(lines) == len(flags), lines
+    return lines
 
 
 _PATCHED = """

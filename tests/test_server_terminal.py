@@ -19,6 +19,7 @@ from helpers import (
     Room,
     StartServer,
     assert_next,
+    explanations,
     needs_linux,
     run_server,
     wait_until,
@@ -166,26 +167,6 @@ def test_up_to_ten_thousand_lines_wait_for_the_terminal(
 ONE_LINE = r"server\.py: [^\n]+\n"
 
 
-_EACH = """
-import sys, server
-for sys.argv[1:] in {!r}:
-    try:
-        status = server.main()
-    except SystemExit as end:
-        status = end.code
-    print(status)
-"""
-
-
-def assert_each_is_one_line(status: int, *flags: list[str]) -> list[str]:
-    """Check that these flags start no server; return the line that each one gives."""
-    run = run_server(program=["-c", _EACH.format(flags)])
-    assert run.stdout == f"{status}\n" * len(flags)
-    lines = run.stderr.splitlines()
-    assert len(lines) == len(flags), lines
-    return lines
-
-
 def test_a_bad_flag_is_explained_in_one_line() -> None:
     flags = [
         *(["--prot", "1"], ["--port"], ["--port", "x"], ["--port", "-1"]),
@@ -193,7 +174,7 @@ def test_a_bad_flag_is_explained_in_one_line() -> None:
         *(["--rate", "-1"], ["--rate", "1.5"], ["--rate", "1000001"]),
         *(["--quiet=1"], ["extra"]),
     ]
-    for (flag, *_), line in zip(flags, assert_each_is_one_line(2, *flags), strict=True):
+    for (flag, *_), line in zip(flags, explanations(2, *flags), strict=True):
         assert flag.partition("=")[0] in line
         assert "--help" in line
 
@@ -201,7 +182,7 @@ def test_a_bad_flag_is_explained_in_one_line() -> None:
 def test_an_unknown_host_is_explained_in_one_line() -> None:
     hosts = ["no-such-host.invalid", "a..b", "192.0.2.1", "", "x y", "é" * 70, "[::1"]
     flags = [["--host", host, "--port", "0"] for host in hosts]
-    for host, line in zip(hosts, assert_each_is_one_line(1, *flags), strict=True):
+    for host, line in zip(hosts, explanations(1, *flags), strict=True):
         assert f"'{host}'" in line
         assert "--host" in line.rpartition("'")[2]
 
