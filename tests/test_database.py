@@ -28,6 +28,7 @@ from helpers import (
     Peer,
     Room,
     ServerProcess,
+    StartRoom,
     StartServer,
     assert_next,
     explanations,
@@ -361,149 +362,97 @@ def test_history_shows_the_last_messages(start: StartFileRoom, path: Path) -> No
         assert alex.line() == "! Write it like this: /history 50."
 
 
-def test_help_tells_of_the_commands_of_a_database(room: FileRoom) -> None:
-    alex = room.member("Alex")
-
-    alex.say("/help\n/msg Alex done")
-
-    lines = "".join(alex.until("Alex (private): done"))
-    assert all(
-        f"* {word}" in lines for word in ("/history", "/register", "/unregister")
-    )
-
-
 def test_without_a_database_there_are_no_such_commands(
-    start_room: Callable[..., Room],
+    start_room: StartRoom, room: FileRoom
 ) -> None:
-    alex = start_room().member("Alex")
     words = ("/history", "/register", "/unregister")
+    alex, bob = start_room().member("Alex"), room.member("Bob")
 
     alex.say("\n".join(("/nonsense", *words, "/help", "/msg Alex done")))
+    bob.say("/help\n/msg Bob done")
 
     unknown, *answers = alex.until("Alex (private): done")
     assert answers[:3] == [unknown.replace("/nonsense", word) for word in words]
-    assert not [line for line in answers[3:] if any(word in line for word in words)]
+    with_file = bob.until("Bob (private): done")
+    assert len(with_file) == len(answers)
+    for word in words:
+        assert [line.startswith(f"* {word}") for line in with_file].count(True) == 1
 
 
 # --- accounts -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["Alex", "ALEX", "ＡＬＥＸ", "  alex  "])
-def test_any_form_of_a_kept_name_is_asked_for_the_password_and_joins_with_it(
-    room: FileRoom, form: str
-) -> None:
-    keep_name(room, "Alex")
-
-    alex = asked(room, form)
-    alex.say(PASSWORD)
-
-    assert alex.line().startswith("* Welcome, ")
-    room.member("Alexa", alex)  # is not asked
-    other = room.connect()
-    other.say("alex")
-    assert other.line() == "! The name alex is taken."
-
-
-def test_a_wrong_password_is_one_of_five_tries(room: FileRoom) -> None:
-    keep_name(room, "Alex")
-    peer = room.connect()
-
-    peer.say("a b\nAlex\nnot the password\nc d\nAlex\n\nAlex\nALEX")
-
-    replies = peer.rest()
-    assert [reply[0] for reply in replies] == list("!?!!?!?!")
-    assert "(5 of 5 tries on this connection)" not in "".join(replies[:-1])
-    assert replies[-1].endswith("(5 of 5 tries on this connection)")
-
-
-def test_the_right_password_at_the_fifth_try_joins(room: FileRoom) -> None:
-    keep_name(room, "Alex")
-    peer = room.connect()
-
-    peer.say("Alex\nnot the password\n" * 4 + f"Alex\n{PASSWORD}")
-
-    assert peer.lines(10)[-1].startswith("* Welcome, Alex!")
-
-
-def test_of_two_with_the_right_password_one_joins(room: FileRoom) -> None:
-    keep_name(room, "Alex")
-    peers = [asked(room, "Alex") for _ in range(2)]
-
-    for peer in peers:
-        peer.say(PASSWORD)
-
-    assert sorted(peer.line()[:9] for peer in peers) == ["! The nam", "* Welcome"]
-
-
-@pytest.mark.parametrize("farewell", ["q", "Q"])
-def test_q_in_place_of_a_password_leaves(room: FileRoom, farewell: str) -> None:
-    """At the door as well as in the room; q is kept as no password."""
-    keep_name(room, "Alex")
-    peer, bob = asked(room, "Alex"), room.member("Bob")
-
-    peer.say(farewell)
-    bob.say(f"/register\n{farewell}")
-
-    assert peer.rest() == []
-    assert [line[0] for line in bob.rest()] == ["?"]
-    room.member("Bob")
-
-
-def test_registering_again_changes_the_password(room: FileRoom) -> None:
-    alex = room.member("Alex")
-    register(alex, "the old one")
-    register(alex, PASSWORD)
-    leave(alex)
-    peer = room.connect()
-
-    peer.say(f"Alex\nthe old one\nAlex\n{PASSWORD}")
-
-    assert [line[0] for line in peer.lines(4)] == list("?!?*")
-
-
-def test_an_old_password_does_not_answer_a_question_from_before_the_change(
-    room: FileRoom,
-) -> None:
-    keep_name(room, "Alex")
-    intruder, owner = asked(room, "Alex"), asked(room, "Alex")
-    owner.say(PASSWORD)
-    owner.line()
-    register(owner, "a new password")
-    leave(owner)
-
-    intruder.say(PASSWORD)
-
-    assert intruder.line().startswith("! ")
-
-
-def test_a_name_that_is_given_up_is_free_for_all(room: FileRoom, path: Path) -> None:
-    alex = room.member("Alex")
-    register(alex)
-
-    alex.say("/unregister\n/unregister")
-
-    assert alex.line() == "* The name Alex is no longer kept."
-    assert alex.line() == "! The name Alex is not kept."
-    assert query(path, "SELECT * FROM accounts") == []
-    leave(alex)
-    room.member("Alex")
+NEW = "/register\n{}"
+TRIED = "(5 of 5 tries on this connection)"
 
 
 @pytest.mark.parametrize(
-    ("password", "mark"),
-    [("ü" * 7, "!"), ("ü" * 8, "*"), ("ü" * 9, "*"), ("ü" * 127, "*"), ("ü" * 128, "*"),
-     ("ü" * 129, "!"), ("/register", "*"), ("\udcff" * 8, "!")],
-    ids=lambda value: f"{value[:1]!a}{len(value)}",
+    ("inside", "replies", "outside", "answers"),
+    [
+        # What Alex says in the room, and then somebody at the door, up to a q; and the
+        # marks of the lines that answer it.
+        *((NEW.format("ü" * 7), "?!", "Alex", "*"), (NEW.format("ü" * 129), "?!", "", "")),
+        *((NEW.format("ü" * n), "?*", f"Alex\n{'ü' * n}", "?*") for n in (8, 9, 127, 128)),
+        (NEW.format("/register"), "?*", "Alex\n/register", "?*"),
+        (NEW.format("\udcff" * 8), "?!", "Alex", "*"),
+        (NEW.format("Q"), "?", "Alex", "*"),
+        (NEW.format("the old one\n") + NEW.format(PASSWORD), "?*?*",
+         f"Alex\nthe old one\nAlex\n{PASSWORD}", "?!?*"),
+        (f"/register\n{PASSWORD}\n/unregister\n/unregister", "?**!", "Alex", "*"),
+        # With the name kept by PASSWORD.
+        *((None, "", f"{form}\n{PASSWORD}", "?*") for form in ("ALEX", "ＡＬＥＸ", " alex ")),
+        *((None, "", "Alexa", "*"), (None, "", "Alex", "?"), (None, "", "Alex\nQ", "?")),
+        (None, "", "a b\nAlex\nwrong\nc d\nAlex\n\nAlex\nALEX", "!?!!?!?!"),
+        (None, "", "Alex\nwrong\n" * 4 + f"Alex\n{PASSWORD}", "?!?!?!?!?*"),
+    ],
 )  # fmt: skip
-def test_a_password_has_8_to_128_characters(
-    room: FileRoom, password: str, mark: str
+def test_a_name_is_kept_by_its_last_password_of_8_to_128_characters_until_given_up(
+    room: FileRoom, inside: str | None, replies: str, outside: str, answers: str
 ) -> None:
+    """In any form.  A wrong password is one of five tries; q in its place leaves."""
     alex, bob = room.members("Alex", "Bob")
+    if inside is None:
+        inside, replies = NEW.format(PASSWORD), "?*"
+    alex.send(f"{inside}\nq\n".encode("utf-8", "surrogateescape"))
+    assert "".join(line[0] for line in alex.rest()) == replies
+    assert bob.line() == left("Alex")  # who has heard nothing of it
 
-    alex.send(f"/register\n{password}\n".encode("utf-8", "surrogateescape"))
+    peer = room.connect()
+    peer.say(f"{outside}\nq")
 
-    assert [line[0] for line in alex.lines(2)] == ["?", mark]
-    assert_next(alex, bob)  # the next line is a message again
+    lines = peer.rest()
+    assert "".join(line[0] for line in lines) == answers
+    fifth = answers.count("!") == 5
+    assert [line for line in lines if TRIED in line] == lines[-1:] * fifth
+
+
+def test_while_the_owner_of_a_kept_name_is_in_the_name_is_taken(room: FileRoom) -> None:
+    register(room.member("Alex"))
+    other = room.connect()
+
+    other.say("alex")
+
+    assert other.line() == "! The name alex is taken."
+
+
+def test_of_two_with_the_right_password_one_joins_and_the_other_knows_the_old_one(
+    room: FileRoom,
+) -> None:
+    """So a question from before a change of the password is not answered by it."""
+    keep_name(room, "Alex")
+    intruder, other, owner = (asked(room, "Alex") for _ in range(3))
+
+    for peer in (owner, other):
+        peer.say(PASSWORD)
+    first, second = owner.line(), other.line()
+
+    assert sorted((first[:9], second[:9])) == ["! The nam", "* Welcome"]
+    winner = owner if first[0] == "*" else other
+    winner.name = "Alex"
+    register(winner, "a new password")
+    leave(winner)
+    intruder.say(PASSWORD)
+    assert intruder.line().startswith("! ")
 
 
 def test_scrypt_with_a_salt_each_is_kept(start: StartFileRoom, path: Path) -> None:
@@ -648,20 +597,18 @@ def test_the_chat_goes_on_without_its_file_and_nothing_is_lost(
     assert chat.end() == ""
 
 
-@pytest.mark.parametrize("fault", [move_the_file, lock_the_file])
 def test_what_could_not_be_kept_is_counted_at_the_end(
-    start_process: StartServer, path: Path, fault: Fault
+    room: FileRoom, path: Path
 ) -> None:
-    chat = start_process("--quiet", patch=QUICK)
-    alex = chat.member("Alex")
-    mend = fault(chat, path)
+    path.rename(path.with_name("elsewhere"))
+    alex, bob = room.members("Alex", "Bob")
     say_all(alex, numbers(3))
-    alex.say("/who")
-    alex.line()
-    chat.output.until("Cannot write to the database for now: ")
+    assert bob.lines(3) == [f"Alex: {text}" for text in numbers(3)]
+    room.tells("Cannot write to the database for now: ")
 
-    assert "(3 messages left out of the database)" in chat.stop()
-    mend()  # too late
+    room.stop()
+
+    assert "(3 messages left out of the database)" in room.told()
 
 
 @pytest.mark.parametrize("messages", [49, 50, 51])
@@ -722,51 +669,39 @@ def test_a_kill_in_a_flood_costs_the_end_of_it_at_most_and_leaves_the_file_free(
 # --- files that are refused ---------------------------------------------------------
 
 
-def text_file(path: Path) -> None:
-    path.write_text("Dear diary\n" * 1000)
-
-
-def other_database(path: Path) -> None:
-    query(path, "CREATE TABLE sheep(name)")
-
-
-def same_table_other_columns(path: Path) -> None:
-    query(path, "CREATE TABLE messages(id, sheep)")
-
-
-def next_version(path: Path) -> None:
-    fill(path, ["from the future"])
-    query(path, "PRAGMA user_version = 2")
-
-
-def other_database_after_a_crash(path: Path) -> None:
-    script = (
-        "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.executescript("
-        "'PRAGMA journal_mode = WAL; CREATE TABLE sheep(name);'); os.abort()"
-    )
-    command = [sys.executable, "-c", script, str(path)]
-    subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
-    assert path.with_name(f"{path.name}-wal").stat().st_size > 0
+KINDS = {
+    "of another program": "CREATE TABLE sheep(name)",
+    "with other columns": "CREATE TABLE messages(id, sheep)",
+    "of a later version": "CREATE TABLE messages(id, at, name, text);"
+    "PRAGMA user_version = 2",
+    "with a log": "PRAGMA journal_mode = WAL; CREATE TABLE sheep(name)",
+}
+_MAKE_AND_CRASH = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.executescript(sys.argv[2])
+os.abort()
+"""
 
 
 def test_a_file_of_another_kind_is_refused_untouched(tmp_path: Path) -> None:
-    paths = []
-    for make in (
-        *(text_file, other_database, same_table_other_columns, next_version),
-        other_database_after_a_crash,
-    ):
-        paths.append(tmp_path / make.__name__ / "chat.db")
-        paths[-1].parent.mkdir()
-        make(paths[-1])
+    paths = [tmp_path / kind / "chat.db" for kind in ("no database", *KINDS)]
+    for path in paths:
+        path.parent.mkdir()
+        if script := KINDS.get(path.parent.name):
+            command = [sys.executable, "-c", _MAKE_AND_CRASH, str(path), script]
+            subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+        else:
+            path.write_text("Dear diary\n" * 1000)
+    assert paths[-1].with_name("chat.db-wal").stat().st_size > 0
     before = [files_of(path.parent) for path in paths]
 
     refusals(*paths)
 
     for path, files in zip(paths, before, strict=True):
         after = files_of(path.parent)
-        shared_memory = f"{path.name}-shm"  # how its readers know of one another
-        files.pop(shared_memory, None)
-        after.pop(shared_memory, None)
+        for each in (files, after):
+            each.pop("chat.db-shm", None)  # how its readers know of one another
         assert after == files
 
 
@@ -821,27 +756,25 @@ def stunnel(start_process: StartServer, tmp_path: Path) -> Iterator[tuple[str, P
     program, openssl = shutil.which("stunnel4"), shutil.which("openssl")
     if not (program and openssl):
         pytest.skip("needs stunnel (Debian: stunnel4) and openssl")
-    pem = tmp_path / "chat.pem"
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     names = ["-subj", "/CN=chat", "-addext", "subjectAltName=IP:127.0.0.1"]
-    out = ["-keyout", str(pem), "-out", str(tmp_path / "certificate")]
+    out = ["-keyout", key, "-out", certificate]
     subprocess.run(
         [openssl, *make.split(), *names, *out], check=True, capture_output=True
     )
-    with pem.open("a") as file:
-        file.write((tmp_path / "certificate").read_text())
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     configuration = tmp_path / "stunnel.conf"
     configuration.write_text(
         f"foreground = yes\npid =\n[chat]\naccept = {address}\n"
-        f"connect = {start_process().address}\ncert = {pem}\n"
+        f"connect = {start_process().address}\ncert = {certificate}\nkey = {key}\n"
     )
     with subprocess.Popen([program, configuration], stderr=subprocess.PIPE) as process:
         assert process.stderr
         try:
             LineReader(process.stderr.fileno()).until("Configuration successful")
-            yield address, tmp_path / "certificate"
+            yield address, certificate
         finally:
             process.kill()
 

@@ -34,7 +34,7 @@ from helpers import (
 from proxy import Proxy
 
 import server
-from protocol import MAX_LINE_BYTES, LineSplitter
+from protocol import MAX_LINE_BYTES
 
 StartProxy = Callable[..., Proxy]
 
@@ -185,26 +185,6 @@ def test_a_leaving_is_announced_once_and_the_name_is_free_however_it_happens(
     assert_next(bob, alex)
 
 
-def test_a_member_reset_while_lines_wait_for_it_is_heard_to_its_last_whole_line(
-    start_room: StartRoom, start_proxy: StartProxy
-) -> None:
-    if sys.platform != "linux":
-        pytest.skip("other systems throw away what came before a RST")
-    room = start_room(small_buffers=True, lines_per_second=0)
-    alex, bob = room.members("Alex", "Bob")
-    proxy = start_proxy(room, receive_buffer=SMALL_BUFFER)
-    proxy.peer.join("Carol")
-    assert bob.line() == joined("Carol")
-    proxy.stall(proxy.down)
-    say_more_than_a_socket_takes(alex, bob)
-    server_side = proxy.down.source
-
-    server_side.send(b"".join(b"%d\n" % i for i in range(500)) + b"half")
-    proxy.reset()
-
-    assert bob.until(left("Carol")) == [f"Carol: {i}" for i in range(500)]
-
-
 # --- enemies: ill will --------------------------------------------------------------
 
 
@@ -214,23 +194,6 @@ def naive_lines(stream: bytes, limit: int) -> list[bytes | None]:
     if len(tail) > limit:
         lines.append(tail)
     return [line if len(line) <= limit else None for line in lines]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_splitter_agrees_with_a_naive_one_on_any_stream(seed: int) -> None:
-    chance = random.Random(seed)
-    limit = chance.randrange(1, 12)
-    for _ in range(100):
-        splitter = LineSplitter(limit)
-        stream = b""
-        lines: list[bytes | None] = []
-        for _ in range(20):
-            size = chance.choice([1, 1, 2, 3, 10, 40])
-            chunk = bytes(chance.choices(b"ab\r\n", [4, 4, 2, 1], k=size))
-            stream += chunk
-            fed = splitter.feed(chunk)
-            lines += [line if len(line) <= limit else None for line in fed]
-            assert lines == naive_lines(stream, limit), stream
 
 
 def random_line(chance: random.Random) -> bytes:

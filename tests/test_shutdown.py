@@ -192,42 +192,29 @@ def test_who_joined_before_a_shutdown_is_announced_and_told_of_it(
 
 # --- bugs: an exception that nobody expected ----------------------------------------
 
-# Each breaks one thread once somebody says "boom"; a line of 4096 bytes or more is sent
-# by the broadcaster, a short one by the handler that has read it.
-SENDING = """
-send = socket.socket.send
-count = iter(range({}))
-def broken(self, data, *flags):
-    if b"boom" in data and next(count, None) is not None:
-        raise MemoryError("no more")
-    return send(self, data, *flags)
-socket.socket.send = broken
+
+def bug(call: str, when: str, error: str = "MemoryError('no more')") -> str:
+    """Return Python that has a call raise an error.
+
+    when: an expression of its arguments, `args`, and of its number from 0, `number`.
+    """
+    return f"""
+import itertools
+call, numbers = {call}, itertools.count()
+def broken(*args):
+    number = next(numbers)
+    if {when}:
+        raise {error}
+    return call(*args)
+{call} = broken
 """
-RECORDING = """
-write = os.write
-def broken(descriptor, data):
-    if b"boom" in bytes(data):
-        raise MemoryError("no more")
-    return write(descriptor, data)
-os.write = broken
-"""
-READING = """
-decode = protocol.decode_message
-def broken(line):
-    if b"boom" in line:
-        raise MemoryError("no more")
-    return decode(line)
-protocol.decode_message = broken
-"""
-ACCEPTING = """
-accept = socket.socket.accept
-count = iter(range(3))
-def broken(self):
-    if next(count) == 2:
-        raise {}
-    return accept(self)
-socket.socket.accept = broken
-"""
+
+
+# A line of 4096 bytes or more is sent by the broadcaster, a short one by the handler
+# that has read it.
+SENDING = bug("socket.socket.send", "b'boom' in args[1]")
+WRITING = bug("os.write", "b'boom' in bytes(args[1])")
+READING = bug("protocol.decode_message", "b'boom' in args[0]")
 
 
 def assert_ended_by_a_bug(chat: ServerProcess, error: str) -> None:
@@ -242,9 +229,7 @@ def assert_ended_by_a_bug(chat: ServerProcess, error: str) -> None:
 @pytest.mark.parametrize(
     ("patch", "text"),
     [
-        (SENDING.format(1), "boom"),
-        (SENDING.format(1), "boom" + "x" * 4090),
-        (RECORDING, "boom"),
+        *((SENDING, "boom"), (SENDING, "boom" + "x" * 4090), (WRITING, "boom")),
     ],
     ids=["short line", "long line", "terminal"],
 )
@@ -267,7 +252,7 @@ def test_an_exception_in_sending_hangs_nobody_who_waits(
     start_server: StartServer,
 ) -> None:
     """Neither for room in the outbox, nor for the last line to one that leaves."""
-    patch = f"server.HANG_UP_SECONDS = 0.1\n{SENDING.format(99)}"
+    patch = f"server.HANG_UP_SECONDS = 0.1\n{SENDING}"
     chat = start_server("--rate", "0", "--quiet", patch=patch, small_buffers=True)
     alex, *writers = chat.members("Alex", "Writer1", "Writer2", "Writer3")
     chat.slow_member().send(b"\xff\n" * 1000 + b"q\n")
@@ -293,7 +278,7 @@ def test_an_exception_in_sending_hangs_nobody_who_waits(
 def test_an_exception_in_accepting_ends_the_server_in_order(
     start_server: StartServer, error: str
 ) -> None:
-    chat = start_server(patch=ACCEPTING.format(error))
+    chat = start_server(patch=bug("socket.socket.accept", "number == 2", error))
     alex, bob = chat.members("Alex", "Bob")
 
     with suppress(ConnectionError):  # the server may be quicker to end than to answer

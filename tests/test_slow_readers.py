@@ -139,18 +139,6 @@ def test_a_thousand_stalled_members_share_what_waits_for_them(
 
 
 @needs_proc
-def test_what_waits_costs_little_more_than_its_bytes(start_server: StartServer) -> None:
-    chat = start_server("--rate", "0", "--quiet", small_buffers=True)
-    alex, bob = chat.members("Alex", "Bob")
-    chat.slow_member(bob)
-
-    with chat.growing_by_less_than(MIB):
-        for _ in range(1200):
-            alex.send("x\n" * 10)
-            assert bob.lines(10) == ["Alex: x"] * 10
-
-
-@needs_proc
 def test_what_all_have_read_costs_no_memory(start_server: StartServer) -> None:
     chat = start_server("--rate", "0", "--quiet")
     alex, bob = chat.members("Alex", "Bob")
