@@ -51,6 +51,12 @@ def room(start_room: Callable[..., Room]) -> Room:
 
 
 @pytest.fixture
+def narrow_room(start_room: Callable[..., Room]) -> Room:
+    """A server without a rate, that has small buffers: what is not read waits in it."""
+    return start_room(small_buffers=True, lines_per_second=0)
+
+
+@pytest.fixture
 def start_server() -> Iterator[Callable[..., ServerProcess]]:
     """Start server processes; on leaving they are killed.
 

@@ -6,7 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import Peer, Room, StartRoom, assert_next, left
+from helpers import Peer, Room, assert_next, left
 
 import server
 
@@ -107,10 +107,9 @@ def test_the_limit_of_a_private_message_counts_the_command(
 
 
 def test_what_two_say_to_each_other_and_to_the_room_keeps_its_order(
-    start_room: StartRoom,
+    narrow_room: Room,
 ) -> None:
-    room = start_room(lines_per_second=0)
-    alex, bob, carol = room.members("Alex", "Bob", "Carol")
+    alex, bob, carol = narrow_room.members("Alex", "Bob", "Carol")
 
     def speak(speaker: Peer, to: str) -> None:
         speaker.send("".join(f"{i}\n/msg {to} {i}\n" for i in range(500)))
@@ -127,14 +126,13 @@ def test_what_two_say_to_each_other_and_to_the_room_keeps_its_order(
 
 
 def test_a_private_message_to_one_that_leaves_is_delivered_or_refused(
-    start_room: StartRoom,
+    narrow_room: Room,
 ) -> None:
     """Never both, never neither; whether it leaves with q or closes its side."""
-    room = start_room(lines_per_second=0)
-    (alex,) = room.members("Alex")
+    (alex,) = narrow_room.members("Alex")
 
     for i in range(100):
-        bob = room.member("Bob")
+        bob = narrow_room.member("Bob")
         if i % 2:
             bob.say("q")
         else:
@@ -149,12 +147,11 @@ def test_a_private_message_to_one_that_leaves_is_delivered_or_refused(
 
 
 def test_private_messages_count_towards_what_may_wait_for_a_slow_reader(
-    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch
+    narrow_room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "MAX_UNSENT_BYTES", 100_000)  # instead of 4 MiB
-    room = start_room(small_buffers=True, lines_per_second=0)
-    alex, bob = room.members("Alex", "Bob")
-    room.slow_member(alex, bob)
+    alex, bob = narrow_room.members("Alex", "Bob")
+    narrow_room.slow_member(alex, bob)
     sent = 0
 
     while True:

@@ -162,14 +162,13 @@ def say_more_than_a_socket_takes(speaker: Peer, reader: Peer) -> None:
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_leaving_is_announced_once_and_the_name_is_free_however_it_happens(
-    start_room: StartRoom, start_proxy: StartProxy, end: Callable[[Proxy], None]
+    narrow_room: Room, start_proxy: StartProxy, end: Callable[[Proxy], None]
 ) -> None:
     """Also while lines wait for it."""
-    room = start_room(small_buffers=True, lines_per_second=0)
-    alex, bob = room.members("Alex", "Bob")
+    alex, bob = narrow_room.members("Alex", "Bob")
 
     for lines_wait in (False, True):
-        proxy = start_proxy(room, receive_buffer=SMALL_BUFFER)
+        proxy = start_proxy(narrow_room, receive_buffer=SMALL_BUFFER)
         proxy.peer.join("Carol")
         assert alex.line() == bob.line() == joined("Carol")
         if lines_wait:
@@ -180,7 +179,7 @@ def test_a_leaving_is_announced_once_and_the_name_is_free_however_it_happens(
         end(proxy)
 
         assert alex.line() == bob.line() == left("Carol")
-    room.member("Carol", alex, bob)
+    narrow_room.member("Carol", alex, bob)
     assert_next(alex, bob)
     assert_next(bob, alex)
 
@@ -216,11 +215,10 @@ def random_line(chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_of_any_bytes_the_good_lines_arrive_clean_and_each_bad_one_is_refused_once(
-    start_room: StartRoom, seed: int
+    narrow_room: Room, seed: int
 ) -> None:
     chance = random.Random(seed)
-    room = start_room(lines_per_second=0)
-    enemy, bob = room.members("Enemy", "Bob")
+    enemy, bob = narrow_room.members("Enemy", "Bob")
     stream = b"\n".join(
         [*(random_line(chance) for _ in range(300)), b"a good line", b""]
     )

@@ -150,16 +150,15 @@ def test_all_members_and_the_terminal_see_one_order(start_room: StartRoom) -> No
 
 
 def test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once(
-    start_room: StartRoom,
+    narrow_room: Room,
 ) -> None:
     """All but one do not read for a while, and then go on from different places."""
-    room = start_room(small_buffers=True, lines_per_second=0)
-    watcher = room.member("Watcher")
+    watcher = narrow_room.member("Watcher")
     sizes = {f"listener{i}": (i + 1) * SMALL_BUFFER for i in range(6)}
     sizes |= {f"s{i}": SMALL_BUFFER for i in range(2)}
     slow: list[Peer] = []
     for name, size in sizes.items():
-        slow.append(room.member(name, watcher, *slow, receive_buffer=size))
+        slow.append(narrow_room.member(name, watcher, *slow, receive_buffer=size))
     order: list[str] = []
 
     for i in range(60):
@@ -182,10 +181,9 @@ def test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once(
     ids=["q", "close", "half-close"],
 )
 def test_what_was_sent_before_leaving_is_delivered(
-    start_room: StartRoom, leave: Callable[[Peer], object]
+    narrow_room: Room, leave: Callable[[Peer], object]
 ) -> None:
-    room = start_room(lines_per_second=0)
-    alex, bob = room.members("Alex", "Bob")
+    alex, bob = narrow_room.members("Alex", "Bob")
 
     alex.send("".join(f"line {i}\n" for i in range(2000)))
     leave(alex)
@@ -225,11 +223,10 @@ def test_who_half_closes_at_once_is_heard_and_answered(room: Room) -> None:
     assert welcome.startswith("* ")
 
 
-def test_who_leaves_still_receives_what_was_said_before(start_room: StartRoom) -> None:
+def test_who_leaves_still_receives_what_was_said_before(narrow_room: Room) -> None:
     """Also what its socket could not take yet, and though it sent more than q."""
-    room = start_room(small_buffers=True, lines_per_second=0)
-    bob, carol = room.members("Bob", "Carol")
-    alex = room.slow_member(bob, carol)
+    bob, carol = narrow_room.members("Bob", "Carol")
+    alex = narrow_room.slow_member(bob, carol)
     said = [f"Bob: {i:03} " + "x" * 1000 for i in range(100)]
     bob.send("".join(line.removeprefix("Bob: ") + "\n" for line in said))
     assert carol.lines(100) == said
@@ -237,7 +234,7 @@ def test_who_leaves_still_receives_what_was_said_before(start_room: StartRoom) -
     alex.send(b"q\n" + b"too late\n" * 1000)
 
     assert carol.line() == left("Slow")
-    passer_by = room.connect()
+    passer_by = narrow_room.connect()
     passer_by.send("q\n")
     assert passer_by.rest() == []  # the server has had the time to close Alex's too
     assert alex.rest() == said

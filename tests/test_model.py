@@ -15,7 +15,7 @@ import time
 from typing import NamedTuple
 
 import pytest
-from helpers import SMALL_BUFFER, Peer, Room, StartRoom, assert_next, joined, left
+from helpers import SMALL_BUFFER, Peer, Room, assert_next, joined, left
 
 NAMES = ["Anna", "Bert", "Čeněk", "Дима", "Eva", "陽子"]
 STEPS_IN_A_STORY = 2000
@@ -245,13 +245,13 @@ def online_by(welcome: str) -> set[str]:
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, None])
 def test_everybody_sees_what_follows_from_the_one_order(
-    start_room: StartRoom, seed: int | None
+    narrow_room: Room, seed: int | None
 ) -> None:
     """A story takes its time for hundreds of steps and dozens of connections."""
     if seed is None:
         seed = time.time_ns() // 1_000_000
     print(f"seed {seed}")  # shown if the story goes wrong
-    play = Play(start_room(small_buffers=True, lines_per_second=0))
+    play = Play(narrow_room)
 
     for step in story_of(seed):
         play.do(step)

@@ -18,7 +18,6 @@ from helpers import (
     SMALL_BUFFER,
     Peer,
     Room,
-    StartRoom,
     StartServer,
     allow_open_files,
     assert_next,
@@ -83,13 +82,12 @@ def bytes_in_the_kernel(ours: socket.socket, peer: Peer) -> int:
 @needs_linux
 @pytest.mark.parametrize(("above", "stays"), [(-1, True), (0, True), (1, False)])
 def test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it(
-    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch, above: int, stays: bool
+    narrow_room: Room, monkeypatch: pytest.MonkeyPatch, above: int, stays: bool
 ) -> None:
     limit = 20_000  # instead of 4 MiB, to be exact to the byte
     monkeypatch.setattr(server, "MAX_UNSENT_BYTES", limit)
-    room = start_room(small_buffers=True, lines_per_second=0)
-    alex, bob = room.members("Alex", "Bob")
-    slow = room.slow_member(bob)
+    alex, bob = narrow_room.members("Alex", "Bob")
+    slow = narrow_room.slow_member(bob)
     said: list[str] = []
 
     def say(length: int) -> None:
@@ -100,7 +98,7 @@ def test_a_slow_reader_is_dropped_above_the_limit_and_not_at_it(
 
     for _ in range(40):
         say(500)
-    ours = room.server.clients["Slow"]
+    ours = narrow_room.server.clients["Slow"]
     while select.select([], [ours], [], 0.3)[1]:
         pass  # the kernel takes some more after a while
     missing = limit + above - (40 * 500 - bytes_in_the_kernel(ours, slow))
@@ -190,12 +188,11 @@ def test_answers_that_are_not_read_are_bounded_and_disturb_no_conversation(
 
 
 def test_refusals_that_have_been_read_do_not_count(
-    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch
+    narrow_room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many they are, to one that is never quite up to date."""
     monkeypatch.setattr(server, "MAX_UNSENT_BYTES", 100_000)  # instead of 4 MiB
-    room = start_room(small_buffers=True, lines_per_second=0)
-    slow = room.slow_member()
+    slow = narrow_room.slow_member()
     reply = "! That line is not UTF-8."
     slow.send(b"\xff\n" * 400)  # 10 kB of replies, of which the kernel takes a part
 
@@ -207,12 +204,11 @@ def test_refusals_that_have_been_read_do_not_count(
 
 
 def test_a_slow_reader_that_speaks_sees_all_but_its_own_lines(
-    start_room: StartRoom,
+    narrow_room: Room,
 ) -> None:
     """And its refusals in their places."""
-    room = start_room(small_buffers=True, lines_per_second=0)
-    alex, bob = room.members("Alex", "Bob")
-    slow = room.slow_member(bob)
+    alex, bob = narrow_room.members("Alex", "Bob")
+    slow = narrow_room.slow_member(bob)
     promised: list[str] = []
 
     for i in range(300):
@@ -285,13 +281,12 @@ def test_who_reads_four_megabytes_a_second_stays_however_fast_others_write(
     assert_next(chat.member("Witness", reader), reader)
 
 
-def test_a_trickle_reader_delays_nobody(start_room: StartRoom) -> None:
+def test_a_trickle_reader_delays_nobody(narrow_room: Room) -> None:
     """Promised are 100 ms: of the median, since a busy machine may be late once."""
-    room = start_room(small_buffers=True, lines_per_second=0)
-    alex, bob, writer = room.members("Alex", "Bob", "Writer")
-    for ours in room.server.clients.values():
+    alex, bob, writer = narrow_room.members("Alex", "Bob", "Writer")
+    for ours in narrow_room.server.clients.values():
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
-    trickle = room.member("Trickle", receive_buffer=SMALL_BUFFER)
+    trickle = narrow_room.member("Trickle", receive_buffer=SMALL_BUFFER)
     delays: list[float] = []
     ends = {left("Trickle")}
 
