@@ -306,9 +306,9 @@ for flags in {!r}:
 """
 
 
-def explanations(status: int, *flags: Sequence[str]) -> list[str]:
+def explanations(status: int, *flags: Sequence[str], limits: str = "true") -> list[str]:
     """Check that these flags start no server; return the line that each gives."""
-    run = run_server(program=["-c", _EACH.format(flags)])
+    run = run_server(program=["-c", _EACH.format(flags)], limits=limits)
     assert run.stdout == f"{status}\n" * len(flags)
     lines = run.stderr.splitlines()
     assert all(line.startswith("server.py: ") for line in lines)

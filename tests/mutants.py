@@ -129,7 +129,7 @@ port-not-reused: test_a_signal_ends_the_server_in_order
 + listener = socket.socket(family)
 +             listener.bind(address)
 +             listener.listen(LISTEN_BACKLOG)
-interrupted-with-a-traceback: test_an_interrupt_while_python_still_imports
+interrupted-with-a-traceback: test_an_interrupt_while_python_imports
 -     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 +     pass
 older-python-not-told: test_an_older_python_is_told_what_is_needed
@@ -144,25 +144,25 @@ stdout-must-be-there: test_the_server_runs_without_a_stdout
 no-pause-without-descriptors: test_out_of_descriptors_the_server_serves_those_inside_and_does_not_spin
 - ACCEPT_PAUSE_SECONDS = 0.1
 + ACCEPT_PAUSE_SECONDS = 0
-open-file-limit-not-raised: test_the_server_raises_its_own_limit_of_open_files
+open-file-limit-not-raised: test_the_server_raises_its_limit_of_open_files
 - needed = clients + SPARE_DESCRIPTORS
 + needed = 0
-lack-ends-the-server: test_what_accept_tells_of_one_connection
+lack-ends-the-server: test_what_accept_tells_of_one_costs_no_other_one
 - if error.errno in EXHAUSTED:
 + if False:
-any-accept-error-passed-over: test_an_exception_in_accepting_ends_the_server_in_order
+any-accept-error-passed-over: test_a_bug_in_accepting_ends_the_server
 - elif error.errno not in GONE_AGAIN:
 + elif False:
-address-must-be-there: test_what_accept_tells_of_one_connection
+address-must-be-there: test_what_accept_tells_of_one_costs_no_other_one
 - if not address:
 + if False:
 no-thread-left-ends-the-server: test_out_of_threads_the_server_serves_those_inside
 - except RuntimeError as error:  # the system
 + except KeyError as error:  # the system
-newest-makes-room: test_those_who_have_waited_longest_make_room_in_a_full_chat
+newest-makes-room: test_who_has_waited_longest_makes_room_when_full
 - oldest = next(iter(self._unjoined), None)
 + oldest = next(reversed(self._unjoined), None)
-one-client-too-many: test_members_up_to_the_limit_join_and_the_next_one_is_refused
+one-client-too-many: test_members_join_up_to_the_limit_and_no_further
 - len(self._unjoined) >= self._max_clients:
 + len(self._unjoined) > self._max_clients:
 silence-never-ends: test_who_has_not_joined_in_time_is_told_so_and_closed
@@ -177,7 +177,7 @@ sixth-name-heard: test_after_five_refused_names_the_connection_is_closed
 fifth-name-not-heard: test_the_fifth_name_may_be_the_good_one
 - MAX_NAMES_TRIED = 5
 + MAX_NAMES_TRIED = 4
-welcome-names-too-many: test_the_welcome_is_one_notice_and_names_twenty
+welcome-names-too-many: test_the_welcome_names_twenty_and_how_many_more
 - MAX_NAMES_LISTED = 20
 + MAX_NAMES_LISTED = 21
 taken-name-by-its-letters: test_after_a_refused_name_another_one_may_be_sent
@@ -207,16 +207,16 @@ terminal-told-outside-the-lock: test_all_members_and_the_terminal_see_one_order
 +         if told:
 +             threading.Timer(0.001, self._tell, [told]).start()
 +         self._entries.append(entry)
-send-blocks: test_a_slow_reader_is_dropped_and_others_keep_receiving
+send-blocks: test_a_slow_reader_is_dropped_and_others_go_on
 - sent = member.send(data, MSG_DONTWAIT) if data else 0
 + sent = member.send(data, 0) if data else 0
-rest-of-a-send-forgotten: test_messages_that_a_socket_takes_in_pieces_arrive_whole_and_once
+rest-of-a-send-forgotten: test_what_a_socket_takes_in_pieces_arrives_whole_once
 -                 member.place += sent
 +                 member.place += len(data) if sent else 0
 sent-part-of-a-face-sent-again: test_a_slow_reader_that_speaks or test_refusals_that_have_been_read
 - member.spots[0] = start, end, face[taken:]
 + member.spots[0] = start, end, face
-slow-reader-not-watched: test_a_slow_reader_that_speaks or test_messages_that_a_socket
+slow-reader-not-watched: test_a_slow_reader_that_speaks or test_what_a_socket
 - self._writable.register(member.socket, selectors.EVENT_WRITE, member)
 + self._writable.register(member.socket, selectors.EVENT_READ, member)
 slow-reader-watched-for-ever: test_an_idle_server_uses_no_cpu
@@ -230,7 +230,7 @@ second-look-not-passed-on: test_model or test_messages or test_slow_readers or t
 stream-not-forgotten: test_what_all_have_read_costs_no_memory
 - del self._stream[: place - (self._end - len(self._stream))]
 + pass
-unsent-copied: test_a_thousand_stalled_members_share_what_waits_for_them
+unsent-copied: test_a_thousand_stalled_members_share_what_waits
 -             start = self._end
 +             start = self._end
 +             for member in self._slow:  # a part of each is enough to notice
@@ -247,19 +247,19 @@ refusals-wait-without-limit: test_answers_that_are_not_read_are_bounded
 read-refusals-counted: test_refusals_that_have_been_read_do_not_count
 -             member.spot_bytes -= ENTRY_BYTES + len(face)
 +             pass
-no-back-pressure: test_who_reads_four_megabytes_a_second_stays_however_fast_others_write
+no-back-pressure: test_who_reads_four_megabytes_a_second_stays
 - FULL_PASS_SECONDS = 0.08
 + FULL_PASS_SECONDS = 0
 back-pressure-too-hard: test_a_trickle_reader_delays_nobody
 - FULL_PASS_SECONDS = 0.08
 + FULL_PASS_SECONDS = 0.8
-rate-ignored: test_a_line_above_the_burst_is_read_later_and_not_lost
+rate-ignored: test_a_line_above_the_burst_is_read_later_not_lost
 - if not self._per_second:
 + if True:
 burst-one-less: test_a_burst_up_to_ten_seconds_worth_arrives_at_once
 - int(self._lines)
 + int(self._lines - 1)
-burst-one-more: test_a_line_above_the_burst_is_read_later_and_not_lost
+burst-one-more: test_a_line_above_the_burst_is_read_later_not_lost
 - int(self._lines)
 + int(self._lines + 1)
 leaving-announced-twice: test_a_leaving_is_announced_once_and_the_name_is_free
@@ -274,7 +274,7 @@ ghosts-stay: test_the_flood_of_one_that_is_gone
 gone-at-once: test_the_flood_of_one_that_is_gone
 - return time.monotonic() > self.read_until
 + return bool(self.lost)
-write-error-discards-input: test_what_was_sent_before_closing_is_delivered_though_writing_fails
+write-error-discards-input: test_what_was_sent_is_delivered_though_writing_fails
 -                 member.lose(error.strerror or str(error))
 +                 member.lose("")
 +                 member.dropped = error.strerror or str(error)
@@ -288,14 +288,14 @@ last-send-not-awaited: test_who_leaves_still_receives_what_was_said_before
 + if False:
 +             pass
 +         if False:
-bug-in-reading-ends-all: test_an_exception_in_reading_ends_that_one_connection
+bug-in-reading-ends-all: test_a_bug_in_reading_ends_one_connection
 - except Exception:  # noqa: BLE001
 + except KeyError:
-bug-in-sending-hangs-the-server: test_an_exception_in_sending
+bug-in-sending-hangs-the-server: test_a_bug_in_sending
 -         self.ended.set()
 -         self._on_end()
 +         self.ended.set()
-bug-in-sending-hangs-the-handlers: test_an_exception_in_sending
+bug-in-sending-hangs-the-handlers: test_a_bug_in_sending
 -             for client in self._connections.values():
 -                 if client.released:
 -                     client.released.set()
@@ -305,7 +305,7 @@ bug-in-sending-hangs-the-handlers: test_an_exception_in_sending
 shutdown-outlasts-the-last-client: test_a_shutdown_is_over_once_all_clients_have_hung_up
 -             self._arrivals.wait(min(seconds, deadline - now))
 +             time.sleep(deadline - now)
-bug-ends-with-status-0: test_an_exception_in_sending
+bug-ends-with-status-0: test_a_bug_in_sending
 - return 1 if bugs else 0
 + return 0
 no-last-notice: test_a_signal_ends_the_server_in_order
@@ -315,7 +315,7 @@ second-signal-ignored: test_a_second_interrupt_ends_the_server_at_once
 -         signal.signal(signal.SIGINT, signal.SIG_DFL)
 -         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 +         pass
-shutdown-waits-for-all: test_neither_a_stalled_member_nor_a_stuck_terminal
+shutdown-waits-for-all: test_a_stalled_member_does_not_hold_up_the_end
 - self._broadcaster.give_up_at = deadline
 + self._broadcaster.give_up_at = deadline + 60
 throttle-outlasts-shutdown: test_a_shutdown_is_over_once_all_clients_have_hung_up
@@ -342,7 +342,7 @@ who-names-too-many-in-a-line: test_who_names_at_most_twenty_in_a_line
 private-message-for-all: test_a_private_message_reaches_one_member_alone
 - self._submit(_Entry(recipient, b"", line), told)
 + self._submit(_Entry(recipient, line, line), told)
-private-message-lost-at-leaving: test_a_private_message_to_one_that_leaves or test_everybody_sees
+private-message-lost-at-leaving: test_a_private_message_to_a_leaver or test_everybody_sees
 - here = not client.released
 + here = True
 secret-on-the-terminal: test_the_terminal_shows_one_line_for_each_event
@@ -351,7 +351,7 @@ secret-on-the-terminal: test_the_terminal_shows_one_line_for_each_event
 quiet-tells-of-private-messages: test_the_terminal_shows_one_line_for_each_event
 - if recipient and self._tell_messages:
 + if recipient:
-batch-said-after-its-commands: test_what_two_say_to_each_other_and_to_the_room_keeps_its_order
+batch-said-after-its-commands: test_what_two_say_to_each_other_and_to_all_keeps_order
 -                         self._say(client, said)
 -                         self._obey
 +                         self._obey

@@ -34,7 +34,7 @@ from helpers import (
     explanations,
     left,
     wait_until,
-)
+)  # fmt: skip
 
 import server
 
@@ -191,9 +191,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # --- history: what is written -------------------------------------------------------
 
 
-def test_the_table_has_what_was_said_when_and_by_whom(
-    room: FileRoom, path: Path
-) -> None:
+def test_the_table_has_what_was_said_when_by_whom(room: FileRoom, path: Path) -> None:
     before = time.time()
     alex, bob = room.members("Alex", "Bob")
     alex.say("hi\tall 👩‍👩‍👧")
@@ -229,9 +227,7 @@ def test_all_is_kept_in_the_order_in_which_all_saw_it_however_fast_it_was_said(
     assert kept(path) == seen
 
 
-def test_a_message_is_in_the_file_within_a_second_though_another_program_reads_it(
-    room: FileRoom, path: Path
-) -> None:
+def test_a_message_is_in_the_file_within_a_second(room: FileRoom, path: Path) -> None:
     alex = room.member("Alex")
     said_at = time.monotonic()
     alex.say("before")
@@ -304,9 +300,7 @@ def test_the_last_twenty_follow_the_welcome_in_local_time(
     assert_next(alex, bob)
 
 
-def test_newcomers_miss_nothing_and_get_nothing_twice_in_a_flood(
-    start: StartFileRoom,
-) -> None:
+def test_newcomers_miss_nothing_and_get_nothing_twice(start: StartFileRoom) -> None:
     room = start(lines_per_second=0)
     ann = room.member("Ann")
     enough = threading.Event()
@@ -435,9 +429,7 @@ def test_while_the_owner_of_a_kept_name_is_in_the_name_is_taken(room: FileRoom) 
     assert other.line() == "! The name alex is taken."
 
 
-def test_of_two_with_the_right_password_one_joins_and_the_other_knows_the_old_one(
-    room: FileRoom,
-) -> None:
+def test_of_two_with_the_right_password_one_joins(room: FileRoom) -> None:
     """So a question from before a change of the password is not answered by it."""
     keep_name(room, "Alex")
     intruder, other, owner = (asked(room, "Alex") for _ in range(3))
@@ -496,9 +488,7 @@ def test_two_passwords_at_most_are_computed_and_nobody_else_is_delayed(
     assert [peer.line()[0] for peer in peers] == ["!"] * 5
 
 
-def test_a_shutdown_does_not_wait_for_the_passwords_of_many(
-    start_process: StartServer,
-) -> None:
+def test_a_shutdown_does_not_wait_for_passwords(start_process: StartServer) -> None:
     """That of 150 takes 3 s and more."""
     chat = start_process()
     keep_name(chat, "Alex")
@@ -597,9 +587,7 @@ def test_the_chat_goes_on_without_its_file_and_nothing_is_lost(
     assert chat.end() == ""
 
 
-def test_what_could_not_be_kept_is_counted_at_the_end(
-    room: FileRoom, path: Path
-) -> None:
+def test_what_was_not_kept_is_counted_at_the_end(room: FileRoom, path: Path) -> None:
     path.rename(path.with_name("elsewhere"))
     alex, bob = room.members("Alex", "Bob")
     say_all(alex, numbers(3))
@@ -720,7 +708,7 @@ def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
     assert "No such file" in lines[2]
 
 
-def test_a_file_that_another_server_has_is_refused_untouched(
+def test_a_file_that_another_server_has_is_refused(
     start_process: StartServer, path: Path, tmp_path: Path
 ) -> None:
     alex = start_process().member("Alex")

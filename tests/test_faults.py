@@ -287,7 +287,7 @@ def test_out_of_threads_the_server_serves_those_inside(
 
 
 @pytest.mark.parametrize("code", [errno.ECONNABORTED, errno.EMFILE, None])
-def test_what_accept_tells_of_one_connection_costs_no_other_one(
+def test_what_accept_tells_of_one_costs_no_other_one(
     room: Room, monkeypatch: pytest.MonkeyPatch, code: int | None
 ) -> None:
     """An abort, a lack, and no address, as macOS gives it for a peer that is gone."""

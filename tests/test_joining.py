@@ -20,7 +20,7 @@ from helpers import (
     joined,
     left,
     wait_until,
-)
+)  # fmt: skip
 
 import server
 
@@ -28,9 +28,7 @@ import server
 
 
 @pytest.mark.parametrize("online", [0, 19, 20, 21])
-def test_the_welcome_is_one_notice_and_names_twenty_people_and_how_many_more(
-    room: Room, online: int
-) -> None:
+def test_the_welcome_names_twenty_and_how_many_more(room: Room, online: int) -> None:
     """Of those who are online: somebody has left before."""
     gone = room.member("p99")
     gone.say("q")
@@ -201,9 +199,7 @@ def test_the_limits_that_other_tests_make_smaller_are_as_promised() -> None:
 # --- a full room --------------------------------------------------------------------
 
 
-def test_members_up_to_the_limit_join_and_the_next_one_is_refused(
-    start_room: StartRoom,
-) -> None:
+def test_members_join_up_to_the_limit_and_no_further(start_room: StartRoom) -> None:
     room = start_room(max_clients=3)
     alex, bob, _ = room.members("Alex", "Bob", "Carol")
     refused = room.connect()
@@ -231,9 +227,7 @@ def test_those_turned_away_cost_no_thread(start_room: StartRoom) -> None:
     assert_next(alex, bob)
 
 
-def test_those_who_have_waited_longest_make_room_in_a_full_chat(
-    start_room: StartRoom,
-) -> None:
+def test_who_has_waited_longest_makes_room_when_full(start_room: StartRoom) -> None:
     room = start_room(max_clients=10)
 
     silent = [room.connect() for _ in range(25)]
@@ -245,9 +239,7 @@ def test_those_who_have_waited_longest_make_room_in_a_full_chat(
         peer.join(f"member{number}")
 
 
-def test_the_server_raises_its_own_limit_of_open_files(
-    start_server: StartServer,
-) -> None:
+def test_the_server_raises_its_limit_of_open_files(start_server: StartServer) -> None:
     chat = start_server("--max-clients", "50", limits="ulimit -S -n 32")
 
     for i in range(50):
