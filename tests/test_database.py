@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
 import re
 import shutil
 import socket
@@ -23,17 +22,8 @@ from typing import Any
 
 import pytest
 from helpers import (
-    HANG_SECONDS,
-    LineReader,
-    Peer,
-    Room,
-    ServerProcess,
-    StartRoom,
-    StartServer,
-    assert_next,
-    explanations,
-    left,
-    wait_until,
+    HANG_SECONDS, LineReader, Peer, Room, ServerProcess, StartRoom, StartServer,
+    assert_next, explanations, left, wait_until,
 )  # fmt: skip
 
 import server
@@ -48,25 +38,18 @@ class FileRoom(Room):
     """A ChatServer with a file, in a thread of this process."""
 
     def __init__(self, path: Path, **options: Any) -> None:
-        self._told: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._database = server.Database(str(path), self._told.put)
-        super().__init__(database=self._database, tell=self._told.put, **options)
+        self.told: list[str] = []  # what the terminal shows
+        self._database = server.Database(str(path), self.told.append)
+        super().__init__(database=self._database, tell=self.told.append, **options)
 
     def stop(self) -> None:
         self.close_peers()
         super().stop()
         self._database.close(HANG_SECONDS)
 
-    def tells(self, part: str) -> list[str]:
-        """Return what the terminal shows, up to what has this part in it."""
-        told = [self._told.get(timeout=HANG_SECONDS)]
-        while part not in told[-1]:
-            told.append(self._told.get(timeout=HANG_SECONDS))
-        return told
-
-    def told(self) -> list[str]:
-        """Return what the terminal shows by now."""
-        return [self._told.get() for _ in range(self._told.qsize())]
+    def await_told(self, line: str) -> None:
+        """Wait until the terminal shows a line that has this in it."""
+        wait_until(lambda: line in "\n".join(self.told))
 
 
 StartFileRoom = Callable[..., FileRoom]
@@ -265,7 +248,7 @@ def test_what_is_not_said_to_the_room_is_neither_kept_nor_shown(
     assert_next(room.member("Carol", bob), bob)
     room.stop()
 
-    assert "secret" not in "".join(room.told())
+    assert "secret" not in "".join(room.told)
     assert b"secret" not in b"".join(files_of(tmp_path).values())
     assert len(kept(path)) == 2
 
@@ -330,7 +313,7 @@ def test_what_was_said_and_who_keeps_a_name_outlast_a_restart(
 ) -> None:
     keep_name(room, "Alex")
     room.member("Bob").say("yesterday")
-    room.tells("yesterday")
+    room.await_told("yesterday")
     room.stop()
 
     again = start()
@@ -592,11 +575,11 @@ def test_what_was_not_kept_is_counted_at_the_end(room: FileRoom, path: Path) -> 
     alex, bob = room.members("Alex", "Bob")
     say_all(alex, numbers(3))
     assert bob.lines(3) == [f"Alex: {text}" for text in numbers(3)]
-    room.tells("Cannot write to the database for now: ")
+    room.await_told("Cannot write to the database for now: ")
 
     room.stop()
 
-    assert "(3 messages left out of the database)" in room.told()
+    assert "(3 messages left out of the database)" in room.told
 
 
 @pytest.mark.parametrize("messages", [49, 50, 51])
@@ -611,14 +594,14 @@ def test_so_many_messages_wait_for_the_file_and_more_are_counted(
     elsewhere = path.rename(path.with_name("elsewhere"))
     for _ in range(messages):
         assert_next(alex, bob)
-    room.tells("Cannot write to the database for now: ")
+    room.await_told("Cannot write to the database for now: ")
 
     elsewhere.rename(path)
-    room.tells("The database is written again.")
+    room.await_told("The database is written again.")
     room.stop()
 
     left_out = max(0, messages - 50)
-    assert ("(1 messages left out of the database)" in room.told()) == (left_out == 1)
+    assert ("(1 messages left out of the database)" in room.told) == (left_out == 1)
     assert len(kept(path)) == messages - left_out
 
 

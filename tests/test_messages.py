@@ -8,15 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import (
-    SMALL_BUFFER,
-    Peer,
-    Room,
-    StartRoom,
-    assert_next,
-    joined,
-    left,
-)  # fmt: skip
+from helpers import SMALL_BUFFER, Peer, Room, StartRoom, assert_next, joined, left
 
 import server
 
