@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import inspect
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -174,15 +175,13 @@ class Peer(_Lines):
         self.socket.close()
 
 
-def small_send_buffers() -> AbstractContextManager[object]:
-    """Give listeners a small send buffer, which the sockets they accept inherit."""
-    listen = socket.socket.listen
+_listen = socket.socket.listen
 
-    def listen_small(self: socket.socket, *backlog: int) -> None:
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
-        listen(self, *backlog)
 
-    return mock.patch.object(socket.socket, "listen", listen_small)
+def _listen_small(self: socket.socket, *backlog: int) -> None:
+    """Listen with a small send buffer, which the accepted sockets inherit."""
+    self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+    _listen(self, *backlog)
 
 
 def assert_next(speaker: Peer, *readers: Peer) -> None:
@@ -241,7 +240,8 @@ class Room(_Chat):
         self, host: str = "127.0.0.1", *, small_buffers: bool = False, **options: Any
     ) -> None:
         """small_buffers: the accepted sockets send from one; options: the ChatServer's."""
-        with small_send_buffers() if small_buffers else nullcontext():
+        listen = _listen_small if small_buffers else _listen
+        with mock.patch.object(socket.socket, "listen", listen):
             self.server = ChatServer(host, 0, **options)
         super().__init__(self.server.address)
         self._thread = threading.Thread(target=self.server.serve, name="server")
@@ -322,9 +322,12 @@ import protocol, server
 {}
 sys.exit(server.main())
 """
-_SMALL_BUFFERS = (
-    "sys.path.append('tests'); import helpers; helpers.small_send_buffers().start()"
-)
+# In a process of its own; importing this module there would take its time.
+_SMALL_BUFFERS = f"""
+SMALL_BUFFER, _listen = {SMALL_BUFFER}, socket.socket.listen
+{inspect.getsource(_listen_small)}
+socket.socket.listen = _listen_small
+"""
 
 
 class ServerProcess(_Chat):

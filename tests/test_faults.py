@@ -16,8 +16,18 @@ from typing import Any
 
 import pytest
 from helpers import (
-    HANG_SECONDS, SMALL_BUFFER, Peer, Room, StartRoom, StartServer, assert_next, joined,
-    left, needs_proc, open_descriptors, wait_until,
+    HANG_SECONDS,
+    SMALL_BUFFER,
+    Peer,
+    Room,
+    StartRoom,
+    StartServer,
+    assert_next,
+    joined,
+    left,
+    needs_proc,
+    open_descriptors,
+    wait_until,
 )  # fmt: skip
 from proxy import Proxy
 

@@ -12,7 +12,14 @@ from contextlib import suppress
 
 import pytest
 from helpers import (
-    Peer, Room, StartRoom, StartServer, assert_next, joined, left, wait_until,
+    Peer,
+    Room,
+    StartRoom,
+    StartServer,
+    assert_next,
+    joined,
+    left,
+    wait_until,
 )  # fmt: skip
 
 import server

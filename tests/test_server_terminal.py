@@ -14,8 +14,17 @@ from contextlib import closing, suppress
 
 import pytest
 from helpers import (
-    HANG_SECONDS, PROJECT, LineReader, Peer, Room, StartServer, assert_next,
-    explanations, needs_linux, run_server, wait_until,
+    HANG_SECONDS,
+    PROJECT,
+    LineReader,
+    Peer,
+    Room,
+    StartServer,
+    assert_next,
+    explanations,
+    needs_linux,
+    run_server,
+    wait_until,
 )  # fmt: skip
 
 import server

@@ -10,8 +10,15 @@ from contextlib import suppress
 
 import pytest
 from helpers import (
-    HANG_SECONDS, SHUTTING_DOWN, Peer, ServerProcess, StartRoom, StartServer,
-    assert_next, joined, left,
+    HANG_SECONDS,
+    SHUTTING_DOWN,
+    Peer,
+    ServerProcess,
+    StartRoom,
+    StartServer,
+    assert_next,
+    joined,
+    left,
 )  # fmt: skip
 
 import server

@@ -14,8 +14,16 @@ from contextlib import contextmanager, suppress
 
 import pytest
 from helpers import (
-    MIB, SMALL_BUFFER, Peer, Room, StartServer, allow_open_files, assert_next, left,
-    needs_linux, needs_proc,
+    MIB,
+    SMALL_BUFFER,
+    Peer,
+    Room,
+    StartServer,
+    allow_open_files,
+    assert_next,
+    left,
+    needs_linux,
+    needs_proc,
 )  # fmt: skip
 
 import server
