@@ -713,7 +713,7 @@ def stunnel(start_process: StartServer, tmp_path: Path) -> Iterator[tuple[str, P
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     names = ["-subj", "/CN=chat", "-addext", "subjectAltName=IP:127.0.0.1"]
-    out = ["-keyout", key, "-out", certificate]
+    out = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run(
         [openssl, *make.split(), *names, *out], check=True, capture_output=True
     )

@@ -238,10 +238,11 @@ def test_a_bug_in_sending_or_writing_ends_the_server_in_order(
 
 def test_a_bug_in_sending_hangs_nobody_who_waits(start_server: StartServer) -> None:
     """Neither for room in the outbox, nor for the last line to one that leaves."""
-    patch = f"server.HANG_UP_SECONDS = 0.1\n{SENDING}"
+    patch = f"server.LINGER_SECONDS = 60; server.HANG_UP_SECONDS = 0.1\n{SENDING}"
     chat = start_server("--rate", "0", "--quiet", patch=patch, small_buffers=True)
     alex, *writers = chat.members("Alex", "Writer1", "Writer2", "Writer3")
     chat.slow_member().send(b"\xff\n" * 1000 + b"q\n")
+    alex.gather(left("Slow").__eq__)
     together = threading.Barrier(4)
 
     def write(writer: Peer) -> None:
