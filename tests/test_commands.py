@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from helpers import Peer, Room, assert_next, left
 
+import protocol
 import server
 
 # --- /who ---------------------------------------------------------------------------
@@ -106,23 +107,22 @@ def test_what_two_say_to_each_other_and_to_all_keeps_order(narrow_room: Room) ->
             ]
 
 
-def test_a_private_message_to_a_leaver_arrives_or_is_refused(narrow_room: Room) -> None:
-    """Never both, never neither; whether it leaves with q or closes its side."""
-    (alex,) = narrow_room.members("Alex")
+def test_a_private_message_to_one_that_has_just_left_is_refused(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alex, bob, carol = room.members("Alex", "Bob", "Carol")
+    private_message = protocol.private_message
 
-    for i in range(40):
-        bob = narrow_room.member("Bob")
-        alex.send("".join(f"/msg Bob {j}\n" for j in range(50)) + "/msg Alex done\n")
-        if i % 2:
-            bob.say("q")
-        else:
-            bob.half_close()
-        answers = alex.until("Alex (private): done")
-        if left("Bob") not in answers:
-            answers += alex.until(left("Bob"))
+    def leave_at_the_last_moment(author: str, text: str) -> bytes:
+        bob.say("q")
+        assert carol.line() == left("Bob")
+        return private_message(author, text)
 
-        refused = sum(line[0] == "!" for line in answers)
-        assert bob.rest() == [f"Alex (private): {j}" for j in range(50 - refused)]
+    monkeypatch.setattr(protocol, "private_message", leave_at_the_last_moment)
+    alex.say("/msg Bob psst")
+
+    assert alex.line() == left("Bob")
+    assert alex.line().startswith("! ")
 
 
 def test_private_messages_count_towards_what_may_wait_for_a_slow_reader(
