@@ -166,7 +166,7 @@ class Peer(_Lines):
 
     def reset(self) -> None:
         """Break the connection: a RST."""
-        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+        linger = struct.pack("ii", 1, 0)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.socket.close()
 

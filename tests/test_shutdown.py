@@ -57,16 +57,16 @@ def test_all_that_was_told_arrives_before_the_end(start_server: StartServer) -> 
         with suppress(OSError):  # the server is gone
             for i in range(3000):
                 writer.say(f"line {i}")
+            writer.drain()
 
-    with ThreadPoolExecutor(5) as pool:
+    with ThreadPoolExecutor(4) as pool:
         output = pool.submit(chat.output.rest)
-        for writer in writers:
-            pool.submit(write, writer)
+        writing = [pool.submit(write, writer) for writer in writers]
         received = reader.lines(1)
         chat.interrupt()
         received += reader.rest()
-        for writer in writers:
-            writer.drain()
+        for each in writing:
+            each.result()
         chat.close_peers()
         logged = output.result()
 
