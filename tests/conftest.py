@@ -30,13 +30,15 @@ def no_leaks() -> Iterator[None]:
 
 @pytest.fixture
 def start_room(no_leaks: None) -> Iterator[Callable[..., Room]]:
-    """Start servers in threads; on leaving they are stopped, and nothing is left."""
+    """Start servers in threads; on leaving they are stopped, and nothing is left.
+
+    kind: the class of their rooms.
+    """
     rooms: list[Room] = []
 
-    def start(host: str = "127.0.0.1", **options: Any) -> Room:
-        room = Room(host, **options)
-        rooms.append(room)
-        return room
+    def start(host: str = "127.0.0.1", kind: Any = Room, **options: Any) -> Any:
+        rooms.append(kind(host, **options))
+        return rooms[-1]
 
     yield start
     for room in rooms:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from helpers import (
     explanations,
     left,
     wait_until,
-)  # fmt: skip
+)
 
 import server
 
@@ -46,10 +47,11 @@ QUICK = "server.RETRY_SECONDS = server.BUSY_SECONDS = 0.01"
 class FileRoom(Room):
     """A ChatServer with a file, in a thread of this process."""
 
-    def __init__(self, path: Path, **options: Any) -> None:
+    def __init__(self, host: str, *, path: Path, **options: Any) -> None:
         self.told: list[str] = []  # what the terminal shows
         self._database = server.Database(str(path), self.told.append)
-        super().__init__(database=self._database, tell=self.told.append, **options)
+        options |= {"database": self._database, "tell": self.told.append}
+        super().__init__(host, **options)
 
     def stop(self) -> None:
         self.close_peers()
@@ -71,17 +73,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(no_leaks: None, path: Path) -> Iterator[StartFileRoom]:
-    """Start servers with the file in threads; on leaving they are stopped."""
-    rooms: list[FileRoom] = []
-
-    def run(**options: Any) -> FileRoom:
-        rooms.append(FileRoom(path, **options))
-        return rooms[-1]
-
-    yield run
-    for room in rooms:
-        room.stop()
+def start(start_room: StartRoom, path: Path) -> StartFileRoom:
+    """Start servers with the file in threads."""
+    return partial(start_room, kind=FileRoom, path=path)  # type: ignore[return-value]
 
 
 @pytest.fixture
@@ -98,11 +92,7 @@ def room(start: StartFileRoom, monkeypatch: pytest.MonkeyPatch) -> FileRoom:
 @pytest.fixture
 def start_process(start_server: StartServer, path: Path) -> StartServer:
     """Start server processes with the file."""
-
-    def run(*flags: str, **options: Any) -> ServerProcess:
-        return start_server("--database", str(path), *flags, **options)
-
-    return run
+    return partial(start_server, "--database", str(path))
 
 
 def query(path: Path, statement: str, *values: object) -> list[Any]:

@@ -28,7 +28,7 @@ from helpers import (
     needs_proc,
     open_descriptors,
     wait_until,
-)  # fmt: skip
+)
 from proxy import Proxy
 
 import server

@@ -17,7 +17,7 @@ from helpers import (
     assert_next,
     joined,
     left,
-)  # fmt: skip
+)
 
 import server
 

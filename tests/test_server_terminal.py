@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 
 import pytest
 from helpers import (
@@ -25,7 +25,7 @@ from helpers import (
     needs_linux,
     run_server,
     wait_until,
-)  # fmt: skip
+)
 
 import server
 
@@ -137,24 +137,19 @@ def test_up_to_ten_thousand_lines_wait_for_the_terminal(
         while True:
             os.write(writing, b"\n" * 4096)
     os.set_blocking(writing, True)
-    output = LineReader(reading)
-    with open(writing, "w") as screen:
+    with ThreadPoolExecutor(1) as pool, open(writing, "w") as screen:
         monkeypatch.setattr(sys, "stdout", screen)
         terminal = server.Terminal()
 
         for i in range(lines):
             terminal.tell(f"line {i}")
-        shown = output.until(f"line {min(lines, 10_000) - 1}")
+        output = pool.submit(LineReader(reading).rest)
         terminal.close(HANG_SECONDS)
-    after = output.rest()
 
     os.close(reading)
-    assert [line for line in shown if line] == [
-        f"line {i}" for i in range(min(lines, 10_000))
-    ]
-    assert re.findall(r"\d+", "".join(after)) == (
-        [str(lines - 10_000)] if lines > 10_000 else []
-    )
+    expected = [f"line {i}" for i in range(min(lines, 10_000))]
+    shown = [line for line in output.result() if line]
+    assert shown == expected + ["(1 lines left out)"] * (lines > 10_000)
 
 
 # --- the start ----------------------------------------------------------------------
@@ -204,12 +199,12 @@ def test_the_server_runs_without_a_stdout() -> None:
     )  # fmt: skip
 
     def can_be_joined() -> bool:
-        with (
-            suppress(ConnectionRefusedError),
-            closing(Peer(f"127.0.0.1:{port}")) as peer,
-        ):
+        try:
+            peer = Peer(f"127.0.0.1:{port}")
+        except ConnectionRefusedError:
+            return False
+        with closing(peer):
             return peer.join("Alex") != ""
-        return False
 
     try:
         wait_until(can_be_joined)
@@ -259,28 +254,16 @@ def test_help_explains_every_flag_with_its_default() -> None:
     assert run.returncode == 0
     assert run.stderr == ""
     text = " ".join(run.stdout.split())
-    for flag, default in (
-        ("--host", "127.0.0.1"),
-        ("--port", "12345"),
-        ("--max-clients", "1000"),
-        ("--rate", "100"),
-        ("--quiet", "False"),
-        ("--times", "False"),
-    ):
-        explained = text.rpartition(f" {flag} ")[2]
+    defaults = {"host": "127.0.0.1", "port": "12345", "max-clients": "1000"}
+    defaults |= {"rate": "100", "quiet": "False", "times": "False"}
+    for flag, default in defaults.items():
+        explained = text.rpartition(f" --{flag} ")[2]
         assert re.match(rf"[^()]+\(default: {re.escape(default)}\)", explained), flag
 
 
-@pytest.mark.parametrize(
-    ("host", "address"),
-    [
-        ("::1", r"\[::1\]"),
-        ("[::1]", r"\[::1\]"),
-        ("localhost", r"(127\.0\.0\.1|\[::1\])"),
-    ],
-)
+@pytest.mark.parametrize("host", ["::1", "[::1]", "localhost"])
 def test_the_server_listens_on_a_name_and_on_an_ipv6_address(
-    start_server: StartServer, host: str, address: str
+    start_server: StartServer, host: str
 ) -> None:
     if not socket.has_ipv6:
         pytest.skip("no IPv6 here")
@@ -288,7 +271,7 @@ def test_the_server_listens_on_a_name_and_on_an_ipv6_address(
 
     alex, bob = chat.members("Alex", "Bob")
 
-    assert re.fullmatch(rf"{address}:\d+", chat.address)
     assert_next(alex, bob)
-    line = rf"New connection from {address}:{alex.port}"
-    assert re.fullmatch(line, chat.output.line())
+    address = chat.address.rpartition(":")[0]
+    assert address == "[::1]" or (host, address) == ("localhost", "127.0.0.1")
+    assert chat.output.line() == f"New connection from {address}:{alex.port}"

@@ -24,7 +24,7 @@ from helpers import (
     left,
     needs_linux,
     needs_proc,
-)  # fmt: skip
+)
 
 import server
 
