@@ -216,9 +216,7 @@ def assert_ended_by_a_bug(chat: ServerProcess, error: str) -> None:
 
 @pytest.mark.parametrize(
     ("patch", "text"),
-    [
-        *((SENDING, "boom"), (SENDING, "boom" + "x" * 4090), (WRITING, "boom")),
-    ],
+    [(SENDING, "boom"), (SENDING, "boom" + "x" * 4090), (WRITING, "boom")],
     ids=["short line", "long line", "terminal"],
 )
 def test_a_bug_in_sending_or_writing_ends_the_server_in_order(
