@@ -215,10 +215,7 @@ slow-reader-watched-for-ever: test_an_idle_server_uses_no_cpu
 -                 del self._slow[member]
 +             if False:
 +                 del self._slow[member]
-second-look-not-passed-on: test_model or test_messages or test_slow_readers or test_commands or test_shutdown
-- self._pass_again = True
-+ pass
-stream-not-forgotten: test_what_all_have_read_costs_no_memory
+stream-not-forgotten: test_what_all_have_read_and_a_line_without_end
 - del self._stream[: place - (self._end - len(self._stream))]
 + pass
 unsent-copied: test_a_thousand_stalled_members_share_what_waits
@@ -235,9 +232,6 @@ unsent-limit-one-more: test_a_slow_reader_is_dropped_above_the_limit_and_not_at_
 refusals-wait-without-limit: test_answers_that_are_not_read_are_bounded
 - unsent = self._end - member.place + member.spot_bytes
 + unsent = self._end - member.place
-read-refusals-counted: test_refusals_that_have_been_read_do_not_count
--             member.spot_bytes -= ENTRY_BYTES + len(face)
-+             pass
 no-back-pressure: test_who_reads_four_megabytes_a_second_stays
 - FULL_PASS_SECONDS = 0.08
 + FULL_PASS_SECONDS = 0
@@ -321,27 +315,18 @@ recorder-unbounded: test_up_to_ten_thousand_lines_wait_for_the_terminal
 recorder-one-less: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - + size > MAX_UNWRITTEN:
 + + size >= MAX_UNWRITTEN:
-times-before-the-first-line-only: test_the_terminal_shows_one_line_for_each_event
-- now + lines.replace("\n", f"\n{now}")
-+ now + lines
 unknown-command-said-to-all: test_an_unknown_command_tells_the_room_nothing
 - if command not in self._commands:
 + if command not in self._commands and not self._say(client, [command]):
 who-names-too-many-in-a-line: test_who_names_at_most_twenty_in_a_line
 - ", ".join(names[first : first + MAX_NAMES_LISTED])
 + ", ".join(names[first : first + MAX_NAMES_LISTED + 1])
-private-message-for-all: test_a_private_message_reaches_one_member_alone
-- self._submit(_Entry(recipient, b"", line), told)
-+ self._submit(_Entry(recipient, line, line), told)
 private-message-lost-at-leaving: test_a_private_message_to_one_that_has_just_left
 - here = not client.released
 + here = True
 secret-on-the-terminal: test_the_terminal_shows_one_line_for_each_event
 - told = f"Private message from {client.name} to {recipient.name}"
 + told = f"Private message from {client.name} to {recipient.name}: {text}"
-quiet-tells-of-private-messages: test_the_terminal_shows_one_line_for_each_event
-- if recipient and self._tell_messages:
-+ if recipient:
 batch-said-after-its-commands: test_what_two_say_to_each_other_and_to_all_keeps_order
 -                         self._say(client, said)
 -                         self._obey
