@@ -185,9 +185,8 @@ def test_answers_that_are_not_read_are_bounded_and_disturb_no_conversation(
         while not (read or flooding.done()):
             alex.say("hi")
             read += bob.until("Alex: hi")
-        flooding.result()
 
-    assert read == [left("Slow")]
+    assert (read or [bob.line()]) == [left("Slow")]
 
 
 def test_refusals_that_have_been_read_do_not_count(
