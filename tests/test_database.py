@@ -381,6 +381,7 @@ TRIED = "(5 of 5 tries on this connection)"
         (None, "", "a b\nAlex\nwrong\nc d\nAlex\n\nAlex\nALEX", "!?!!?!?!"),
         (None, "", "Alex\nwrong\n" * 4 + f"Alex\n{PASSWORD}", "?!?!?!?!?*"),
     ],
+    ids=lambda value: str(value)[-20:],
 )  # fmt: skip
 def test_a_name_is_kept_by_its_last_password_of_8_to_128_characters_until_given_up(
     room: FileRoom, inside: str | None, replies: str, outside: str, answers: str

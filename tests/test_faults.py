@@ -18,7 +18,6 @@ import pytest
 from helpers import (
     HANG_SECONDS,
     SMALL_BUFFER,
-    Peer,
     Room,
     StartRoom,
     StartServer,
@@ -125,13 +124,6 @@ ENDS: dict[str, list[Callable[[Proxy], object]]] = {
 }  # fmt: skip
 
 
-def say_more_than_a_socket_takes(speaker: Peer, reader: Peer) -> None:
-    """Say so much that some waits in the server for all that have small buffers."""
-    for i in range(50):
-        speaker.say(f"{i} " + "x" * 2000)
-        reader.line()
-
-
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_leaving_is_announced_once_and_the_name_is_free_however_it_happens(
     narrow_room: Room, start_proxy: StartProxy, end: list[Callable[[Proxy], object]]
@@ -146,7 +138,9 @@ def test_a_leaving_is_announced_once_and_the_name_is_free_however_it_happens(
         assert alex.line() == bob.line() == joined("Carol")
         if lines_wait:
             proxy.stall(proxy.down)
-            say_more_than_a_socket_takes(alex, bob)
+            for _ in range(50):  # more than the sockets take
+                alex.say("x" * 2000)
+                bob.line()
         proxy.peer.say("the last line")
         assert alex.line() == bob.line() == "Carol: the last line"
         for act in end:

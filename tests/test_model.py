@@ -28,7 +28,6 @@ ACTIONS = {
     "says nonsense": 4,
     "whispers": 6,
     "reads": 10,
-    "claims a taken name": 2,
     "quits": 2,
     "ends input": 2,
     "vanishes": 3,
@@ -130,12 +129,6 @@ class Play:
 
     def _reads(self, step: Step, visit: Visit) -> None:
         visit.read += visit.peer.come()
-
-    def _claims_a_taken_name(self, step: Step, visit: Visit) -> None:
-        other = self._connect()
-        other.say(step.name.upper())
-        assert other.line() == f"! The name {step.name.upper()} is taken."
-        other.close()
 
     def _quits(self, step: Step, visit: Visit) -> None:
         if visit.started:
