@@ -413,17 +413,6 @@ StartRoom = Callable[..., Room]
 StartServer = Callable[..., ServerProcess]
 
 
-def allow_open_files(files: int) -> None:
-    """Let this process open so many files from now on, or skip the test."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < files:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-        except (OSError, ValueError):
-            pytest.skip(f"needs {files} open files")
-
-
 def open_descriptors() -> set[int]:
     """Return the open file descriptors of this process, where the system tells."""
     found = set()

@@ -1,7 +1,6 @@
 """Break the program in many ways, one at a time, and see that a test notices each.
 
     python tests/mutants.py                          # all of them, a few minutes
-    python tests/mutants.py --list
     python tests/mutants.py --only send-blocks       # repeatable
 
 A mutant is a search and replace in one module, done in a scratch copy of the working
@@ -549,10 +548,6 @@ def main() -> int:
     """Try the mutants; return the exit status."""
     options = parse_arguments()
     mutants = [m for m in MUTANTS if not options.only or m.name in options.only]
-    if options.list:
-        for mutant in mutants:
-            print(f"{mutant.name:36} {mutant.file:12} {mutant.tests}")
-        return 0
     began = time.monotonic()
     noticed = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -583,7 +578,6 @@ def parse_arguments() -> argparse.Namespace:
     names = [mutant.name for mutant in MUTANTS]
     assert len(set(names)) == len(names)
     parser = argparse.ArgumentParser(description="See that the tests notice mistakes.")
-    parser.add_argument("--list", action="store_true", help="only say which there are")
     parser.add_argument(
         "--only", action="append", choices=names, metavar="NAME",
         help="try this one, and no others; may be given several times",

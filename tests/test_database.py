@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
@@ -514,14 +514,12 @@ def lock_the_file(chat: ServerProcess, path: Path) -> Mend:
     return other.close
 
 
-Fault = Callable[[ServerProcess, Path], Mend]
-FAULTS = [fill_the_disk, move_the_file, put_another_there, truncate_the_file]
-FAULTS += [lock_the_file]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [fill_the_disk, move_the_file, put_another_there, truncate_the_file, lock_the_file],
+)
 def test_the_chat_goes_on_without_its_file_and_nothing_is_lost(
-    start_process: StartServer, path: Path, fault: Fault
+    start_process: StartServer, path: Path, fault: Callable[..., Mend]
 ) -> None:
     chat = start_process("--quiet", patch=QUICK)
     alex, bob = chat.members("Alex", "Bob")
@@ -684,19 +682,17 @@ def test_beyond_this_machine_a_line_warns_of_passwords_in_the_clear(
     assert ("Passwords travel in the clear" in "".join(chat.stop())) == told
 
 
-@pytest.fixture
-def stunnel(start_process: StartServer, tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A server behind stunnel: the address of that, and its certificate."""
+def test_stunnel_in_front_encrypts_passwords(
+    start_process: StartServer, tmp_path: Path
+) -> None:
     program, openssl = shutil.which("stunnel4"), shutil.which("openssl")
     if not (program and openssl):
         pytest.skip("needs stunnel (Debian: stunnel4) and openssl")
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    key, certificate = f"{tmp_path}/key.pem", f"{tmp_path}/cert.pem"
     make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     names = ["-subj", "/CN=chat", "-addext", "subjectAltName=IP:127.0.0.1"]
-    out = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(
-        [openssl, *make.split(), *names, *out], check=True, capture_output=True
-    )
+    command = [openssl, *make.split(), *names, "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     configuration = tmp_path / "stunnel.conf"
@@ -704,24 +700,19 @@ def stunnel(start_process: StartServer, tmp_path: Path) -> Iterator[tuple[str, P
         f"foreground = yes\npid =\n[chat]\naccept = {address}\n"
         f"connect = {start_process().address}\ncert = {certificate}\nkey = {key}\n"
     )
+    context = ssl.create_default_context(cafile=certificate)
+
     with subprocess.Popen([program, configuration], stderr=subprocess.PIPE) as process:
-        assert process.stderr
         try:
+            assert process.stderr
             LineReader(process.stderr.fileno()).until("Configuration successful")
-            yield address, certificate
+            peer = Peer(address)
+            peer.socket = context.wrap_socket(peer.socket, server_hostname="127.0.0.1")
+            with peer.socket:
+                peer.join("Alex")
+                register(peer)
+                peer.say("q")
+
+                assert peer.rest() == []
         finally:
             process.kill()
-
-
-def test_stunnel_in_front_encrypts_passwords(stunnel: tuple[str, Path]) -> None:
-    address, certificate = stunnel
-    context = ssl.create_default_context(cafile=str(certificate))
-    plain = Peer(address)
-    with context.wrap_socket(plain.socket, server_hostname="127.0.0.1") as encrypted:
-        plain.socket = encrypted
-
-        plain.join("Alex")
-        register(plain)
-        plain.say("q")
-
-        assert plain.rest() == []
