@@ -298,9 +298,6 @@ second-signal-ignored: test_a_second_interrupt_ends_the_server_at_once
 shutdown-waits-for-all: test_a_stalled_member_does_not_hold_up_the_end
 - self._broadcaster.give_up_at = deadline
 + self._broadcaster.give_up_at = deadline + 60
-throttle-outlasts-shutdown: test_a_shutdown_is_over_once_all_clients_have_hung_up
-- elif closed.wait(THROTTLE_PAUSE_SECONDS):
-+ elif time.sleep(THROTTLE_PAUSE_SECONDS) or closed.is_set():
 left-out-not-counted: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - self._left_out += size
 + pass

@@ -9,7 +9,6 @@ import pytest
 from helpers import Peer, Room, assert_next, left
 
 import protocol
-import server
 
 # --- /who ---------------------------------------------------------------------------
 
@@ -123,25 +122,6 @@ def test_a_private_message_to_one_that_has_just_left_is_refused(
 
     assert alex.line() == left("Bob")
     assert alex.line().startswith("! ")
-
-
-def test_private_messages_count_towards_what_may_wait_for_a_slow_reader(
-    narrow_room: Room, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "MAX_UNSENT_BYTES", 100_000)  # instead of 4 MiB
-    alex, bob = narrow_room.members("Alex", "Bob")
-    narrow_room.slow_member(alex, bob)
-    sent = 0
-
-    while True:
-        alex.send("/msg Slow " + "x" * 1000 + "\n/msg Alex next\n")
-        sent += 1000
-        if left("Slow") in alex.until("Alex (private): next"):
-            break
-
-    assert 80_000 < sent < 150_000
-    assert bob.line() == left("Slow")
-    assert_next(alex, bob)
 
 
 # --- help, and lines that are no command --------------------------------------------

@@ -42,11 +42,16 @@ def test_the_welcome_names_twenty_and_how_many_more(room: Room, online: int) -> 
 
 
 def test_blank_lines_name_and_messages_may_come_in_one_piece(room: Room) -> None:
+    """printf 'bot\\nhi\\n' | nc -N 127.0.0.1 12345: it is heard and answered."""
     (bob,) = room.members("Bob")
+    bot = room.connect()
 
-    room.connect().send("\n \r\n\t\nAlex\r\none\r\ntwo\r\nq\r\n")
+    bot.send("\n \r\n\t\nbot\r\none\r\ntwo\r\n")
+    bot.half_close()
 
-    assert bob.lines(4) == [joined("Alex"), "Alex: one", "Alex: two", left("Alex")]
+    assert bob.lines(4) == [joined("bot"), "bot: one", "bot: two", left("bot")]
+    (welcome,) = bot.rest()
+    assert welcome.startswith("* ")
 
 
 @pytest.mark.parametrize("line", ["q", "Q"])

@@ -189,19 +189,6 @@ def test_what_was_sent_is_delivered_though_writing_fails(start_room: StartRoom) 
     assert heard == [f"Alex: line {i}" for i in range(205)]
 
 
-def test_who_half_closes_at_once_is_heard_and_answered(room: Room) -> None:
-    """printf 'bot\\nhi\\n' | nc -N 127.0.0.1 12345"""
-    (bob,) = room.members("Bob")
-    bot = room.connect()
-
-    bot.send("bot\nhi\n")
-    bot.half_close()
-
-    assert bob.lines(3) == [joined("bot"), "bot: hi", left("bot")]
-    (welcome,) = bot.rest()
-    assert welcome.startswith("* ")
-
-
 def test_who_leaves_still_receives_what_was_said_before(narrow_room: Room) -> None:
     """Also what its socket could not take yet, and though it sent more than q."""
     bob, carol = narrow_room.members("Bob", "Carol")

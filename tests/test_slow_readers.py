@@ -168,10 +168,11 @@ def test_an_idle_server_uses_no_cpu(start_server: StartServer) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("line", [b"\xff\n", b"/who\n"], ids=["refused", "answered"])
+@pytest.mark.parametrize("line", [b"\xff", b"/who", b"/msg Slow " + b"x" * 1000])
 def test_answers_that_are_not_read_are_bounded_and_disturb_no_conversation(
     start_server: StartServer, line: bytes
 ) -> None:
+    """Refusals, what commands answer, and private messages, here one's own."""
     chat = start_server("--rate", "0", "--quiet", small_buffers=True)
     alex, bob = chat.members("Alex", "Bob")
     slow = chat.slow_member(alex, bob)
@@ -179,8 +180,8 @@ def test_answers_that_are_not_read_are_bounded_and_disturb_no_conversation(
 
     def flood() -> None:
         with suppress(ConnectionError):  # it is cut off
-            for _ in range(500):
-                slow.send(line * 2000)
+            for _ in range(1000):
+                slow.send((line + b"\n") * 1000)
 
     with chat.growing_by_less_than(16 * MIB), ThreadPoolExecutor(1) as pool:
         flooding = pool.submit(flood)
