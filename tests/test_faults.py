@@ -5,13 +5,13 @@ Whatever a test here does, the fixtures check that no thread or descriptor is le
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import random
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -45,14 +45,10 @@ UNSAFE_CODES = {
 @pytest.fixture
 def start_proxy(start_room: StartRoom) -> Iterator[StartProxy]:
     """Start proxies; on leaving they are closed, before the servers are."""
-    with contextlib.ExitStack() as proxies:
-
-        def start(room: Room, **options: Any) -> Proxy:
-            return proxies.enter_context(
-                contextlib.closing(Proxy(room.address, **options))
-            )
-
-        yield start
+    with ExitStack() as proxies:
+        yield lambda room, **options: proxies.enter_context(
+            closing(Proxy(room.address, **options))
+        )
 
 
 # --- faults: what a network does ----------------------------------------------------

@@ -6,11 +6,9 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 from helpers import (
-    Peer,
     Room,
     StartRoom,
     StartServer,
@@ -252,18 +250,9 @@ def test_removing_a_client_again_spares_the_next_owner_of_its_name(room: Room) -
     assert_next(alex, bob, again)
 
 
-def reset(peer: Peer, speaker: Peer) -> None:
-    peer.reset()
-
-
-def close_and_answer_with_a_reset(peer: Peer, speaker: Peer) -> None:
-    peer.close()
-    speaker.say("is anybody there?")
-
-
-@pytest.mark.parametrize("end", [reset, close_and_answer_with_a_reset])
+@pytest.mark.parametrize("answered", [False, True])
 def test_the_flood_of_one_that_is_gone_keeps_its_name_and_its_place_for_a_while(
-    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch, end: Callable[..., None]
+    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
     """It is read for that long, and no longer."""
     monkeypatch.setattr(server, "GONE_SECONDS", 0.2)  # instead of 10
@@ -274,7 +263,11 @@ def test_the_flood_of_one_that_is_gone_keeps_its_name_and_its_place_for_a_while(
     bob.gather("Ghost: x".__eq__)
     began = time.monotonic()
 
-    end(ghost, bob)
+    if answered:  # with a reset
+        ghost.close()
+        bob.say("is anybody there?")
+    else:
+        ghost.reset()
 
     bob.gather(left("Ghost").__eq__)
     assert time.monotonic() - began >= 0.2

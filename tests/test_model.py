@@ -96,7 +96,8 @@ class Play:
         self._watch_until(left(name), len(before))
         peer = self._connect()
         welcome = peer.join(name)
-        visit = Visit(peer, online_by(welcome), len(before))
+        online = welcome.partition("Also online: ")[2].removesuffix(".").split(", ")
+        visit = Visit(peer, {*online}, len(before))
         before.append(visit)
         self.now[name] = visit
 
@@ -228,12 +229,6 @@ class Play:
             most = visit.said.count("") + lost
             assert most - unsure <= len(refusals) <= most, f"{who}: refusals"
         assert read == others, f"{who}: what was read"
-
-
-def online_by(welcome: str) -> set[str]:
-    """Return the names that a welcome tells."""
-    names = welcome.partition("Also online: ")[2].removesuffix(".")
-    return set(names.split(", "))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, None])
