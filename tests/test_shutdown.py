@@ -287,6 +287,7 @@ def test_a_bug_in_reading_ends_one_connection(
         assert [alex.line(), bob.line()] == [left("Carol")] * 2
     assert_next(alex, bob)
     chat.member("Dora")
+    chat.stop()  # in order, with status 0
     errors = chat.end()
     assert errors.count("Traceback") == 1
     assert "MemoryError: no more" in errors
