@@ -13,12 +13,7 @@ import pytest
 # The modules under test lie beside the tests' directory, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import (
-    HANG_SECONDS,
-    Room,
-    ServerProcess,
-    open_descriptors,
-)
+from helpers import HANG_SECONDS, Room, ServerProcess, open_descriptors
 
 
 @pytest.fixture
@@ -35,13 +30,15 @@ def no_leaks() -> Iterator[None]:
 
 @pytest.fixture
 def start_room(no_leaks: None) -> Iterator[Callable[..., Room]]:
-    """Start servers in threads; on leaving they are stopped, and nothing is left."""
+    """Start servers in threads; on leaving they are stopped, and nothing is left.
+
+    kind: the class of their rooms.
+    """
     rooms: list[Room] = []
 
-    def start(host: str = "127.0.0.1", **options: Any) -> Room:
-        room = Room(host, **options)
-        rooms.append(room)
-        return room
+    def start(host: str = "127.0.0.1", kind: Any = Room, **options: Any) -> Any:
+        rooms.append(kind(host, **options))
+        return rooms[-1]
 
     yield start
     for room in rooms:
@@ -56,11 +53,16 @@ def room(start_room: Callable[..., Room]) -> Room:
 
 
 @pytest.fixture
+def narrow_room(start_room: Callable[..., Room]) -> Room:
+    """A server without a rate, that has small buffers: what is not read waits in it."""
+    return start_room(small_buffers=True, lines_per_second=0)
+
+
+@pytest.fixture
 def start_server() -> Iterator[Callable[..., ServerProcess]]:
     """Start server processes; on leaving they are killed.
 
-    Whatever a test does to a server that it has not broken on purpose, nothing may
-    appear on its stderr.
+    Nothing may appear on their stderr, but what a test has asked for.
     """
     servers: list[ServerProcess] = []
 
@@ -72,23 +74,5 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
     errors = ""
     for server in servers:
         server.close_peers()
-        written = server.end()
-        errors += "" if server.errors_expected else written
+        errors += server.end() if server.errors is None else ""
     assert errors == ""
-
-
-@pytest.fixture
-def open_file_limit() -> Iterator[Callable[[int], None]]:
-    """Let this process open so many files, or skip the test."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-
-    def need(files: int) -> None:
-        if soft != resource.RLIM_INFINITY and soft < files:
-            try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-            except (OSError, ValueError):
-                pytest.skip(f"needs {files} open files")
-
-    yield need
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

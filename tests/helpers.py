@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import inspect
 import os
 import select
 import signal
@@ -16,8 +17,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -64,28 +65,63 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-class Peer:
+class _Lines:
+    """Cuts into lines what comes in pieces."""
+
+    def __init__(self) -> None:
+        self._lines: deque[bytes] = deque()
+        self._tail = b""
+
+    def _piece(self) -> bytes:
+        """Return what comes next, b"" at the end."""
+        raise NotImplementedError
+
+    def _receive(self) -> bool:
+        piece = self._piece()
+        *lines, self._tail = (self._tail + piece).split(b"\n")
+        self._lines.extend(lines)
+        return piece != b""
+
+    def line(self) -> str:
+        """Return the next line, without its newline."""
+        while not self._lines:
+            assert self._receive(), f"the end instead of a line, after {self._tail!r}"
+        return self._lines.popleft().decode()
+
+    def lines(self, count: int) -> list[str]:
+        """Return that many lines."""
+        return [self.line() for _ in range(count)]
+
+    def rest(self) -> list[str]:
+        """Return the lines up to the end, which must not come inside a line."""
+        while self._receive():
+            pass
+        assert self._tail == b""
+        return self.lines(len(self._lines))
+
+
+class Peer(_Lines):
     """A client without any comfort: a socket that sends bytes and reads lines."""
 
     def __init__(self, address: str, *, receive_buffer: int = 0) -> None:
         """receive_buffer: in bytes, 0 for the system's own choice."""
+        super().__init__()
         host, port = split_address(address)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.name = ""
-        self.socket = socket.socket(family)
+        self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
             if receive_buffer:
-                self.socket.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer
-                )
+                option = socket.SOL_SOCKET, socket.SO_RCVBUF
+                self.socket.setsockopt(*option, receive_buffer)
             self.socket.settimeout(HANG_SECONDS)
             self.socket.connect((host, port))
         except BaseException:
             self.socket.close()
             raise
         self.port: int = self.socket.getsockname()[1]
-        self._lines: deque[bytes] = deque()
-        self._tail = b""
+
+    def _piece(self) -> bytes:
+        return self.socket.recv(65536)
 
     def send(self, data: str | bytes) -> None:
         """Send exactly this; a line needs its newline."""
@@ -103,22 +139,9 @@ class Peer:
         assert welcome.startswith("* "), welcome
         return welcome
 
-    def line(self) -> str:
-        """Return the next line, without its newline."""
-        while not self._lines:
-            assert self._receive(), f"EOF instead of a line, after {self._tail!r}"
-        return self._lines.popleft().decode()
-
-    def lines(self, count: int) -> list[str]:
-        """Return that many lines."""
-        return [self.line() for _ in range(count)]
-
     def until(self, last: str) -> list[str]:
         """Return the lines up to this one, which is not among them."""
-        lines = []
-        while (line := self.line()) != last:
-            lines.append(line)
-        return lines
+        return [*iter(self.line, last)]
 
     def gather(self, wanted: Callable[[str], bool]) -> str:
         """Return the first line that is wanted, and forget those before it."""
@@ -126,23 +149,14 @@ class Peer:
             pass
         return line
 
-    def take(self) -> bytes:
-        """Return whatever one recv() gives, past the lines: not EOF."""
-        chunk = self.socket.recv(65536)
-        assert chunk, "EOF"
-        return chunk
-
-    def rest(self) -> list[str]:
-        """Return the lines up to EOF, which must not come inside a line."""
-        while self._receive():
+    def come(self) -> list[str]:
+        """Return the lines that have come by now."""
+        while select.select([self.socket], [], [], 0)[0] and self._receive():
             pass
-        assert self._tail == b""
-        lines = [line.decode() for line in self._lines]
-        self._lines.clear()
-        return lines
+        return self.lines(len(self._lines))
 
     def drain(self) -> None:
-        """Read and forget until EOF."""
+        """Read and forget until the end."""
         while self.socket.recv(MIB):
             pass
 
@@ -152,7 +166,7 @@ class Peer:
 
     def reset(self) -> None:
         """Break the connection: a RST."""
-        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+        linger = struct.pack("ii", 1, 0)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.socket.close()
 
@@ -160,22 +174,14 @@ class Peer:
         """Close the connection; again does nothing."""
         self.socket.close()
 
-    def _receive(self) -> bool:
-        chunk = self.socket.recv(65536)
-        *lines, self._tail = (self._tail + chunk).split(b"\n")
-        self._lines.extend(lines)
-        return chunk != b""
+
+_listen = socket.socket.listen
 
 
-def small_send_buffers() -> AbstractContextManager[object]:
-    """Give listeners a small send buffer, which the sockets they accept inherit."""
-    listen = socket.socket.listen
-
-    def listen_small(self: socket.socket, *backlog: int) -> None:
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
-        listen(self, *backlog)
-
-    return mock.patch.object(socket.socket, "listen", listen_small)
+def _listen_small(self: socket.socket, *backlog: int) -> None:
+    """Listen with a small send buffer, which the accepted sockets inherit."""
+    self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+    _listen(self, *backlog)
 
 
 def assert_next(speaker: Peer, *readers: Peer) -> None:
@@ -202,20 +208,23 @@ class _Chat:
         self._peers.append(peer)
         return peer
 
-    def member(self, name: str, *, receive_buffer: int = 0) -> Peer:
-        """Return a connection that has joined."""
+    def member(self, name: str, *others: Peer, receive_buffer: int = 0) -> Peer:
+        """Return a connection that has joined, and of which the others have read."""
         peer = self.connect(receive_buffer=receive_buffer)
         peer.join(name)
+        for other in others:
+            assert other.line() == joined(name)
         return peer
+
+    def slow_member(self, *others: Peer) -> Peer:
+        """Return "Slow", for whom the kernel takes little; the others have read of it."""
+        return self.member("Slow", *others, receive_buffer=SMALL_BUFFER)
 
     def members(self, *names: str) -> list[Peer]:
         """Return connections that have joined and have read of one another's joining."""
         peers: list[Peer] = []
         for name in names:
-            newcomer = self.member(name)
-            for peer in peers:
-                assert peer.line() == f"* {name} has joined the chat."
-            peers.append(newcomer)
+            peers.append(self.member(name, *peers))
         return peers
 
     def close_peers(self) -> None:
@@ -231,7 +240,8 @@ class Room(_Chat):
         self, host: str = "127.0.0.1", *, small_buffers: bool = False, **options: Any
     ) -> None:
         """small_buffers: the accepted sockets send from one; options: the ChatServer's."""
-        with small_send_buffers() if small_buffers else nullcontext():
+        listen = _listen_small if small_buffers else _listen
+        with mock.patch.object(socket.socket, "listen", listen):
             self.server = ChatServer(host, 0, **options)
         super().__init__(self.server.address)
         self._thread = threading.Thread(target=self.server.serve, name="server")
@@ -246,23 +256,17 @@ class Room(_Chat):
         assert self.server.clients == {}
 
 
-class LineReader:
+class LineReader(_Lines):
     """Reads lines from a pipe, and gives up when none comes."""
 
     def __init__(self, descriptor: int) -> None:
+        super().__init__()
         self._descriptor = descriptor
-        self._lines: deque[bytes] = deque()
-        self._tail = b""
 
-    def line(self) -> str:
-        """Return the next line, without its newline."""
-        while not self._lines:
-            assert self._receive(), f"end of output, after {self._tail!r}"
-        return self._lines.popleft().decode()
-
-    def lines(self, count: int) -> list[str]:
-        """Return that many lines."""
-        return [self.line() for _ in range(count)]
+    def _piece(self) -> bytes:
+        ready = select.select([self._descriptor], [], [], HANG_SECONDS)[0]
+        assert ready, f"no output, after {self._tail!r}"
+        return os.read(self._descriptor, 65536)
 
     def until(self, part: str) -> list[str]:
         """Return the lines up to the first one with this part in it, and that one."""
@@ -271,22 +275,45 @@ class LineReader:
             lines.append(self.line())
         return lines
 
-    def rest(self) -> list[str]:
-        """Return the lines up to the end."""
-        while self._receive():
-            pass
-        assert self._tail == b""
-        lines = [line.decode() for line in self._lines]
-        self._lines.clear()
-        return lines
 
-    def _receive(self) -> bool:
-        ready = select.select([self._descriptor], [], [], HANG_SECONDS)[0]
-        assert ready, f"no output, after {self._tail!r}"
-        chunk = os.read(self._descriptor, 65536)
-        *lines, self._tail = (self._tail + chunk).split(b"\n")
-        self._lines.extend(lines)
-        return chunk != b""
+def run_server(
+    *flags: str, limits: str = "true", program: Iterable[str] = ("server.py",)
+) -> subprocess.CompletedProcess[str]:
+    """Run `python server.py` to its end, for a start that fails.
+
+    limits: a shell command that is run before it; program: what to run instead.
+    """
+    return subprocess.run(
+        _command(program, flags, limits), check=False, cwd=PROJECT,
+        capture_output=True, text=True, timeout=HANG_SECONDS,
+    )  # fmt: skip
+
+
+def _command(program: Iterable[str], flags: Iterable[str], limits: str) -> list[str]:
+    shell = ["sh", "-c", f'{limits} && exec "$@"', "sh"]
+    return [*shell, sys.executable, *program, *flags]
+
+
+_EACH = """
+import sys, server
+for flags in {!r}:
+    sys.argv = ["server.py", *flags]
+    try:
+        status = server.main()
+    except SystemExit as end:
+        status = end.code
+    print(status)
+"""
+
+
+def explanations(status: int, *flags: Sequence[str], limits: str = "true") -> list[str]:
+    """Check that these flags start no server; return the line that each gives."""
+    run = run_server(program=["-c", _EACH.format(flags)], limits=limits)
+    assert run.stdout == f"{status}\n" * len(flags)
+    lines = run.stderr.splitlines()
+    assert all(line.startswith("server.py: ") for line in lines)
+    assert len(lines) == len(flags), lines
+    return lines
 
 
 _PATCHED = """
@@ -295,37 +322,34 @@ import protocol, server
 {}
 sys.exit(server.main())
 """
-_SMALL_BUFFERS = (
-    "sys.path.append('tests'); import helpers; helpers.small_send_buffers().start()"
-)
+# In a process of its own; importing this module there would take its time.
+_SMALL_BUFFERS = f"""
+SMALL_BUFFER, _listen = {SMALL_BUFFER}, socket.socket.listen
+{inspect.getsource(_listen_small)}
+socket.socket.listen = _listen_small
+"""
 
 
 class ServerProcess(_Chat):
     """The real `python server.py`."""
 
     def __init__(
-        self,
-        *flags: str,
-        limits: str = "",
-        small_buffers: bool = False,
+        self, *flags: str, limits: str = "true", small_buffers: bool = False,
         patch: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Start it and wait until it listens.
 
         limits: a shell command such as "ulimit -n 64" that is run before it.
-        patch: Python that breaks it before it starts; errors are expected then.
+        patch: Python that changes or breaks it before it starts.
         """
-        self.errors: str | None = None  # what it wrote to stderr, once it has ended
-        self.errors_expected = patch != ""
+        self.errors: str | None = None  # what it wrote to stderr, once somebody asked
         if small_buffers:
             patch = f"{_SMALL_BUFFERS}\n{patch}"
         program = ["-c", _PATCHED.format(patch)] if patch else ["server.py"]
-        command = [sys.executable, *program, "--port", "0", *flags]
-        if limits:
-            command = ["sh", "-c", f'{limits} && exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
-            command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            _command(program, ["--port", "0", *flags], limits),
+            cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         assert self.process.stdout
         try:
             self.output = LineReader(self.process.stdout.fileno())
@@ -339,19 +363,36 @@ class ServerProcess(_Chat):
         """Press Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
 
-    def wait(self, seconds: float = HANG_SECONDS) -> int:
+    def wait(self) -> int:
         """Return the exit status."""
-        return self.process.wait(seconds)
+        return self.process.wait(HANG_SECONDS)
 
-    def status_bytes(self, field: str) -> int:
-        """Return a size from /proc, such as VmHWM, the most memory used so far."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-        raise AssertionError(f"no {field}")
+    def stop(self) -> list[str]:
+        """End it in order; return the rest of what its terminal shows."""
+        self.interrupt()
+        self.close_peers()
+        shown = self.output.rest()
+        assert self.wait() == 0
+        return shown
 
-    def cpu_seconds(self) -> float:
-        """Return the CPU time used so far, by /proc."""
+    @contextmanager
+    def growing_by_less_than(self, limit: int) -> Iterator[None]:
+        """Check that meanwhile it takes so many bytes more at most, by /proc."""
+        before = self._status_bytes("VmRSS")
+        yield
+        assert self._status_bytes("VmHWM") - before < limit
+
+    def _status_bytes(self, field: str) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition(f"\n{field}:")[2].split()[0]) * 1024
+
+    def assert_idle(self, *peers: Peer) -> None:
+        """Check that for a while it sends nothing, and does not compute, by /proc."""
+        before = self._cpu_seconds()
+        assert select.select([peer.socket for peer in peers], [], [], 0.3)[0] == []
+        assert self._cpu_seconds() - before < 0.05
+
+    def _cpu_seconds(self) -> float:
         text = Path(f"/proc/{self.process.pid}/stat").read_text()
         fields = text.rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -372,36 +413,11 @@ StartRoom = Callable[..., Room]
 StartServer = Callable[..., ServerProcess]
 
 
-def run_server(
-    *arguments: str, limits: str = "true", program: Iterable[str] = ("server.py",)
-) -> subprocess.CompletedProcess[str]:
-    """Run `python server.py` to its end, for a start that fails.
-
-    limits: a shell command that is run before it; program: what to run instead.
-    """
-    return subprocess.run(
-        ["sh", "-c", f'{limits} && exec "$@"', "sh", sys.executable]
-        + [*program, *arguments],
-        check=False,
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-
-
 def open_descriptors() -> set[int]:
     """Return the open file descriptors of this process, where the system tells."""
-    try:
-        names: Iterable[str] = os.listdir("/dev/fd")
-    except OSError:
-        names = ()
-    return {int(name) for name in names if _is_open(int(name))}
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:  # it was that of the listing itself
-        return False
-    return True
+    found = set()
+    for name in os.listdir("/dev/fd") if Path("/dev/fd").exists() else ():
+        with suppress(OSError):  # it was that of the listing itself
+            os.fstat(int(name))
+            found.add(int(name))
+    return found

@@ -6,15 +6,13 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 
 import pytest
 from helpers import (
     HANG_SECONDS,
     SHUTTING_DOWN,
-    SMALL_BUFFER,
     Peer,
-    Room,
     ServerProcess,
     StartRoom,
     StartServer,
@@ -51,28 +49,24 @@ def test_a_signal_ends_the_server_in_order(
     assert again.address == chat.address
 
 
-def test_all_that_was_told_arrives_before_the_shutdown(
-    start_server: StartServer,
-) -> None:
+def test_all_that_was_told_arrives_before_the_end(start_server: StartServer) -> None:
     chat = start_server("--rate", "0")
     reader, *writers = chat.members("Reader", "Writer1", "Writer2", "Writer3")
 
     def write(writer: Peer) -> None:
-        try:
+        with suppress(OSError):  # the server is gone
             for i in range(3000):
                 writer.say(f"line {i}")
-        except OSError:
-            pass  # the server is gone
+            writer.drain()
 
-    with ThreadPoolExecutor(5) as pool:
+    with ThreadPoolExecutor(4) as pool:
         output = pool.submit(chat.output.rest)
-        for writer in writers:
-            pool.submit(write, writer)
+        writing = [pool.submit(write, writer) for writer in writers]
         received = reader.lines(1)
         chat.interrupt()
         received += reader.rest()
-        for writer in writers:
-            writer.drain()
+        for each in writing:
+            each.result()
         chat.close_peers()
         logged = output.result()
 
@@ -83,23 +77,23 @@ def test_all_that_was_told_arrives_before_the_shutdown(
     assert sorted(received) == sorted(heard)
 
 
-def stall_a_member(chat: ServerProcess, speaker: Peer, reader: Peer) -> None:
-    """Have a member for whom more waits than the kernel takes."""
-    chat.member("Stalled", receive_buffer=SMALL_BUFFER)
-    reader.line()
-    for _ in range(20):  # which also fills the pipe that nobody reads
-        speaker.say("x" * 4000)
-        reader.line()
+def stall_a_member(chat: ServerProcess) -> Peer:
+    """Have a member for whom more waits than the kernel takes; return one that reads.
 
-
-@pytest.mark.parametrize("flags", [["--quiet"], []], ids=["", "nor a stuck terminal"])
-def test_a_stalled_member_does_not_hold_up_the_shutdown(
-    start_server: StartServer, flags: list[str]
-) -> None:
-    """It takes 1.5 s: so long the stalled member may still read."""
-    chat = start_server("--rate", "0", *flags, small_buffers=True)
+    And fill the pipe of the terminal, which nobody reads.
+    """
     alex, bob = chat.members("Alex", "Bob")
-    stall_a_member(chat, alex, bob)
+    chat.slow_member(bob)
+    for _ in range(20):
+        alex.say("x" * 4000)
+        bob.line()
+    return bob
+
+
+def test_a_stalled_member_does_not_hold_up_the_end(start_server: StartServer) -> None:
+    """It takes 1.5 s: so long the stalled member may still read."""
+    chat = start_server("--rate", "0", small_buffers=True)
+    bob = stall_a_member(chat)
 
     began = time.monotonic()
     chat.interrupt()
@@ -110,33 +104,29 @@ def test_a_stalled_member_does_not_hold_up_the_shutdown(
 
 
 def test_a_second_interrupt_ends_the_server_at_once(start_server: StartServer) -> None:
-    chat = start_server("--rate", "0", small_buffers=True)
-    alex, bob = chat.members("Alex", "Bob")
-    stall_a_member(chat, alex, bob)
+    patch = "server.SHUTDOWN_SECONDS = 60"
+    chat = start_server("--rate", "0", small_buffers=True, patch=patch)
+    bob = stall_a_member(chat)
     chat.interrupt()
     assert bob.line() == SHUTTING_DOWN
-    began = time.monotonic()
 
     chat.interrupt()
 
     assert chat.wait() in (-signal.SIGINT, 130)
-    assert time.monotonic() - began < 1  # and, as always, nothing is on stderr
-
-
-def test_no_new_clients_come_in_after_a_shutdown(room: Room) -> None:
-    room.stop()
-
-    with pytest.raises(ConnectionRefusedError):
-        room.connect()
+    # And, as always, nothing is on stderr.
 
 
 def test_a_shutdown_is_over_once_all_clients_have_hung_up(
-    room: Room, monkeypatch: pytest.MonkeyPatch
+    start_room: StartRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 8)  # instead of 1.3
-    monkeypatch.setattr(server, "HANG_UP_SECONDS", 8)  # instead of 0.5
+    """However many lines one of them has sent, faster than it may; nobody comes in."""
+    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 60)  # instead of 1.3
+    monkeypatch.setattr(server, "HANG_UP_SECONDS", 60)  # instead of 0.5
+    monkeypatch.setattr(server, "THROTTLE_PAUSE_SECONDS", 60)  # instead of 0.05
+    room = start_room(lines_per_second=1)
     alex, bob = room.members("Alex", "Bob")
-    began = time.monotonic()
+    alex.send("hi\n" * 1000)
+    assert bob.lines(9) == ["Alex: hi"] * 9
 
     room.server.stop()
     for peer in (alex, bob):
@@ -144,26 +134,11 @@ def test_a_shutdown_is_over_once_all_clients_have_hung_up(
         peer.close()
     room.stop()
 
-    assert time.monotonic() - began < 4
+    with pytest.raises(ConnectionRefusedError):
+        room.connect()
 
 
-def test_a_shutdown_wakes_one_who_sends_too_fast(start_room: StartRoom) -> None:
-    room = start_room(lines_per_second=1)
-    alex, bob = room.members("Alex", "Bob")
-    alex.send("hi\n" * 1000)
-    bob.lines(9)
-    began = time.monotonic()
-
-    room.server.stop()
-
-    assert bob.gather(SHUTTING_DOWN.__eq__)
-    assert bob.rest() == []
-    room.close_peers()
-    room.stop()
-    assert time.monotonic() - began < 2
-
-
-@pytest.mark.parametrize("joins", [1, 10, 100])
+@pytest.mark.parametrize("joins", [1, 50])
 def test_who_joined_before_a_shutdown_is_announced_and_told_of_it(
     start_room: StartRoom, joins: int
 ) -> None:
@@ -174,117 +149,98 @@ def test_who_joined_before_a_shutdown_is_announced_and_told_of_it(
     names: list[str] = []
     last_lines: list[str] = []
 
-    def stop() -> None:
-        for _ in range(joins):
-            assert enough.acquire(timeout=HANG_SECONDS)
-        room.stop()
-
     def keep_joining(seed: int) -> None:
         welcomed: list[Peer] = []
         # Who comes too late is reset, or finds EOF in place of a line.
         with suppress(ConnectionError, AssertionError):
-            while True:
-                peer = room.connect()
-                name = f"member-{seed}-{len(welcomed)}"
-                peer.say(name)
-                if not peer.line().startswith("* Welcome, "):
-                    break
+            name = f"member-{seed}-0"
+            while (peer := room.connect()).join(name).startswith("* Welcome, "):
                 names.append(name)
                 welcomed.append(peer)
                 enough.release()
+                name = f"member-{seed}-{len(welcomed)}"
         for peer in welcomed:
             last_lines.append(peer.rest()[-1])
             peer.close()
 
-    def watch() -> list[str]:
-        with closing(watcher):
-            return watcher.rest()
-
     with ThreadPoolExecutor(6) as pool:
-        watching = pool.submit(watch)
-        for each in [
-            pool.submit(stop), *(pool.submit(keep_joining, seed) for seed in range(4))
-        ]:  # fmt: skip
-            each.result(HANG_SECONDS)
-    read = watching.result(HANG_SECONDS)
+        watching = pool.submit(watcher.rest)
+        joining = [pool.submit(keep_joining, seed) for seed in range(4)]
+        for _ in range(joins):
+            assert enough.acquire(timeout=HANG_SECONDS)
+        room.server.stop()
+        *read, last = watching.result()
+        watcher.close()
+        for each in joining:
+            each.result()
 
-    assert sorted(read[:-1]) == sorted(map(joined, names))
-    assert {read[-1], *last_lines} == {SHUTTING_DOWN}
+    assert sorted(read) == sorted(map(joined, names))
+    assert {last, *last_lines} == {SHUTTING_DOWN}
 
 
 # --- bugs: an exception that nobody expected ----------------------------------------
 
-# Each breaks one thread once somebody says "boom"; a line of 4096 bytes or more is sent
-# by the broadcaster, a short one by the handler that has read it.
-SENDING = """
-send = socket.socket.send
-count = iter(range({}))
-def broken(self, data, *flags):
-    if b"boom" in data and next(count, None) is not None:
-        raise MemoryError("no more")
-    return send(self, data, *flags)
-socket.socket.send = broken
+
+def bug(call: str, when: str, error: str = "MemoryError('no more')") -> str:
+    """Return Python that has a call raise an error.
+
+    when: an expression of its arguments, `args`, and of its number from 0, `number`.
+    """
+    return f"""
+import itertools
+call, numbers = {call}, itertools.count()
+def broken(*args):
+    number = next(numbers)
+    if {when}:
+        raise {error}
+    return call(*args)
+{call} = broken
 """
-RECORDING = """
-write = os.write
-def broken(descriptor, data):
-    if b"boom" in bytes(data):
-        raise MemoryError("no more")
-    return write(descriptor, data)
-os.write = broken
-"""
-READING = """
-decode = protocol.decode_message
-def broken(line):
-    if b"boom" in line:
-        raise MemoryError("no more")
-    return decode(line)
-protocol.decode_message = broken
-"""
-ACCEPTING = """
-accept = socket.socket.accept
-count = iter(range(3))
-def broken(self):
-    if next(count) == 2:
-        raise {}
-    return accept(self)
-socket.socket.accept = broken
-"""
+
+
+# A line of 4096 bytes or more is sent by the broadcaster, a short one by the handler
+# that has read it.
+SENDING = bug("socket.socket.send", "b'boom' in args[1]")
+WRITING = bug("os.write", "b'boom' in bytes(args[1])")
+READING = bug("protocol.decode_message", "b'boom' in args[0]")
 
 
 def assert_ended_by_a_bug(chat: ServerProcess, error: str) -> None:
     """Check that the server has ended in order, and has told why, once."""
+    chat.close_peers()
     assert chat.wait() == 1
     errors = chat.end()
     assert errors.count("Traceback") == 1, errors
     assert errors.splitlines()[-1].startswith(error), errors
 
 
-@pytest.mark.parametrize("text", ["boom", "boom" + "x" * 4090], ids=["short", "long"])
-def test_an_exception_in_sending_ends_the_server_in_order(
-    start_server: StartServer, text: str
+@pytest.mark.parametrize(
+    ("patch", "text"),
+    [(SENDING, "boom"), (SENDING, "boom" + "x" * 4090), (WRITING, "boom")],
+    ids=["short line", "long line", "terminal"],
+)
+def test_a_bug_in_sending_or_writing_ends_the_server_in_order(
+    start_server: StartServer, patch: str, text: str
 ) -> None:
-    chat = start_server(patch=SENDING.format(1))
+    chat = start_server(patch=patch)
     alex, bob = chat.members("Alex", "Bob")
 
     alex.say(text)
 
-    assert_ended_by_a_bug(chat, "MemoryError: no more")
     for peer in (alex, bob):
         assert {*peer.rest()} <= {f"Alex: {text}", SHUTTING_DOWN}
+    assert_ended_by_a_bug(chat, "MemoryError: no more")
     again = start_server("--port", chat.address.rpartition(":")[2])
     assert again.address == chat.address
 
 
-def test_an_exception_in_sending_hangs_nobody_who_waits(
-    start_server: StartServer,
-) -> None:
+def test_a_bug_in_sending_hangs_nobody_who_waits(start_server: StartServer) -> None:
     """Neither for room in the outbox, nor for the last line to one that leaves."""
-    chat = start_server(
-        "--rate", "0", "--quiet", patch=SENDING.format(99), small_buffers=True
-    )
+    patch = f"server.LINGER_SECONDS = 60; server.HANG_UP_SECONDS = 0.1\n{SENDING}"
+    chat = start_server("--rate", "0", "--quiet", patch=patch, small_buffers=True)
     alex, *writers = chat.members("Alex", "Writer1", "Writer2", "Writer3")
-    chat.member("Leaving", receive_buffer=SMALL_BUFFER).send(b"\xff\n" * 1000 + b"q\n")
+    chat.slow_member().send(b"\xff\n" * 1000 + b"q\n")
+    alex.gather(left("Slow").__eq__)
     together = threading.Barrier(4)
 
     def write(writer: Peer) -> None:
@@ -300,30 +256,12 @@ def test_an_exception_in_sending_hangs_nobody_who_waits(
         alex.say("boom")
 
         assert chat.wait() == 1
+    assert "MemoryError: no more" in chat.end()
 
 
-def test_an_exception_in_writing_to_the_terminal_ends_the_server_in_order(
-    start_server: StartServer,
-) -> None:
-    chat = start_server(patch=RECORDING)
-    alex, bob = chat.members("Alex", "Bob")
-
-    alex.say("boom")
-
-    assert bob.rest() == ["Alex: boom", SHUTTING_DOWN]
-    assert alex.rest() == [SHUTTING_DOWN]
-    chat.close_peers()
-    assert_ended_by_a_bug(chat, "MemoryError: no more")
-
-
-@pytest.mark.parametrize(
-    "error",
-    ["OSError(errno.EBADF, 'gone')", "OSError('odd')", "MemoryError('no more')"],
-)
-def test_an_exception_in_accepting_ends_the_server_in_order(
-    start_server: StartServer, error: str
-) -> None:
-    chat = start_server(patch=ACCEPTING.format(error))
+def test_a_bug_in_accepting_ends_the_server(start_server: StartServer) -> None:
+    error = "OSError(errno.EBADF, 'gone')"
+    chat = start_server(patch=bug("socket.socket.accept", "number == 2", error))
     alex, bob = chat.members("Alex", "Bob")
 
     with suppress(ConnectionError):  # the server may be quicker to end than to answer
@@ -331,20 +269,16 @@ def test_an_exception_in_accepting_ends_the_server_in_order(
 
     for peer in (alex, bob):
         assert peer.rest() == [SHUTTING_DOWN]
-    chat.close_peers()
-    assert_ended_by_a_bug(chat, error.partition("(")[0])
+    assert_ended_by_a_bug(chat, "OSError")
 
 
 @pytest.mark.parametrize("joins", [True, False], ids=["member", "not joined"])
-def test_an_exception_in_reading_ends_that_one_connection(
+def test_a_bug_in_reading_ends_one_connection(
     start_server: StartServer, joins: bool
 ) -> None:
     chat = start_server(patch=READING)
     alex, bob = chat.members("Alex", "Bob")
-    carol = chat.connect()
-    if joins:
-        carol.join("Carol")
-        assert len(alex.lines(1) + bob.lines(1)) == 2
+    carol = chat.member("Carol", alex, bob) if joins else chat.connect()
 
     carol.say("boom")
 
@@ -353,6 +287,7 @@ def test_an_exception_in_reading_ends_that_one_connection(
         assert [alex.line(), bob.line()] == [left("Carol")] * 2
     assert_next(alex, bob)
     chat.member("Dora")
+    chat.stop()  # in order, with status 0
     errors = chat.end()
     assert errors.count("Traceback") == 1
     assert "MemoryError: no more" in errors
