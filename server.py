@@ -120,6 +120,7 @@ ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statemen
 BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
 RETRY_SECONDS = 0.1  # after a write to the database has failed
 HANGS_SECONDS = 1.0  # without a new batch: the disk hangs, and nobody waits for it
+CHANGE_SECONDS = 0.5  # that a member waits for the change of its account
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
@@ -545,6 +546,7 @@ class ChatServer:
                     elif text:
                         said.append(text)
                 except ProtocolError as error:
+                    self._say(client, said)
                     self._tell(f"Refused a line from {client}: {error}")
                     self._submit(_Entry(client, b"", protocol.refusal(error)))
             self._say(client, said)
@@ -658,15 +660,13 @@ class ChatServer:
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
         password = protocol.check_password(line)
-        kept = protocol.notice(f"The name {client.name} is now kept for you.")
-        then = partial(self._submit, _Entry(client, b"", kept))
-        self._database.keep(client.name, password, then, lambda: client.dropped != "")
+        self._database.keep(client.name, password, lambda: client.dropped != "")
+        self._answer(client, [f"The name {client.name} is now kept for you."])
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
-        given_up = protocol.notice(f"The name {client.name} is no longer kept.")
-        then = partial(self._submit, _Entry(client, b"", given_up))
-        self._database.give_up(client.name, then)
+        self._database.give_up(client.name)
+        self._answer(client, [f"The name {client.name} is no longer kept."])
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a client off the list, and tell the others that a member has left.
@@ -1328,7 +1328,7 @@ class _Change(NamedTuple):
 
     name: str
     account: _Account | None  # None: it is given up
-    then: Callable[[], object]  # called once it is written
+    written: threading.Event
 
 
 _Message = tuple[float, str, str]  # seconds since 1970, name, text
@@ -1478,7 +1478,7 @@ class Database(Recorder[_Message | _Change]):
         self._failing = False
         for item in batch:
             if isinstance(item, _Change):
-                item.then()
+                item.written.set()
 
     def _commit(self, batch: list[_Message | _Change]) -> None:
         """Insert messages, and change accounts, in one transaction.
@@ -1513,25 +1513,26 @@ class Database(Recorder[_Message | _Change]):
         """Return the account that keeps a name, if there is one."""
         return self._accounts.get(protocol.name_key(name))
 
-    def keep(
-        self, name: str, password: bytes, then: Callable[[], object], dropped: Fact
-    ) -> None:
-        """Keep a name for its owner.  then: called once that is in the file."""
+    def keep(self, name: str, password: bytes, dropped: Fact) -> None:
+        """Keep a name for its owner."""
         blank = _Account(secrets.token_bytes(SALT_BYTES), b"", **SCRYPT)
         account = blank._replace(hash=self._hash(password, blank, dropped))
-        self._change(_Change(name, account, then))
+        self._change(name, account)
 
-    def give_up(self, name: str, then: Callable[[], object]) -> None:
-        """Keep a name no longer.  then: called once that is in the file."""
+    def give_up(self, name: str) -> None:
+        """Keep a name no longer.  Raises ProtocolError if it was not kept."""
         if not self.account(name):
             raise ProtocolError(f"The name {name} is not kept.")
-        self._change(_Change(name, None, then))
+        self._change(name, None)
 
-    def _change(self, change: _Change) -> None:
+    def _change(self, name: str, account: _Account | None) -> None:
+        """Change an account; returns once that is in the file, unless the disk hangs."""
         if self._failing:
             raise ProtocolError("The database cannot be written for now.")
-        self._accounts[protocol.name_key(change.name)] = change.account
+        self._accounts[protocol.name_key(name)] = account
+        change = _Change(name, account, threading.Event())
         self.put([change])
+        change.written.wait(CHANGE_SECONDS)
 
     def is_password(self, account: _Account, password: bytes, dropped: Fact) -> bool:
         """Compare in constant time.  dropped: tells whether nobody waits for it."""

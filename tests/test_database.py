@@ -47,6 +47,8 @@ QUICK = "server.RETRY_SECONDS = server.BUSY_SECONDS = 0.01"
 class FileRoom(Room):
     """A ChatServer with a file, in a thread of this process."""
 
+    last_seconds = HANG_SECONDS  # for what still waits for the file at the end
+
     def __init__(self, host: str, *, path: Path, **options: Any) -> None:
         self.told: list[str] = []  # what the terminal shows
         self._database = server.Database(str(path), self.told.append)
@@ -56,7 +58,7 @@ class FileRoom(Room):
     def stop(self) -> None:
         self.close_peers()
         super().stop()
-        self._database.close(HANG_SECONDS)
+        self._database.close(self.last_seconds)
 
     def await_told(self, line: str) -> None:
         """Wait until the terminal shows a line that has this in it."""
@@ -562,6 +564,8 @@ def test_so_many_messages_wait_for_the_file_and_what_is_not_kept_is_counted(
     if messages > left_out:
         elsewhere.rename(path)
         room.await_told("The database is written again.")
+    else:
+        room.last_seconds = 0.1
     room.stop()
 
     counts = re.findall(r"\((\d+) messages left out of", "\n".join(room.told))
@@ -670,15 +674,6 @@ def test_a_file_that_another_server_has_is_refused(
 
 
 # --- over the network ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("host", "told"), [("127.0.0.1", False), ("0.0.0.0", True)])
-def test_beyond_this_machine_a_line_warns_of_passwords_in_the_clear(
-    start_process: StartServer, host: str, told: bool
-) -> None:
-    chat = start_process("--host", host)
-
-    assert ("Passwords travel in the clear" in "".join(chat.stop())) == told
 
 
 def test_stunnel_in_front_encrypts_passwords(

@@ -78,7 +78,7 @@ def test_the_terminal_shows_one_line_for_each_event(
     addresses = [f"127.0.0.1:{peer.port}" for peer in (alex, bob, carol)]
     expected = EVENTS.format(*addresses).strip().split("\n")
     if flag == "--quiet":
-        expected = [line for line in expected if " message from " not in line]
+        expected = [line for line in expected if "Received message" not in line]
     shown = chat.start_lines + chat.output.lines(len(expected))
     if flag == "--times":
         stamps = [re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in shown]

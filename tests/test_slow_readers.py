@@ -168,11 +168,27 @@ def test_an_idle_server_uses_no_cpu(start_server: StartServer) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("line", [b"\xff", b"/who", b"/msg Slow " + b"x" * 1000])
+def test_answers_wait_for_their_reader_and_disturb_no_conversation(
+    start_server: StartServer,
+) -> None:
+    chat = start_server("--rate", "0", "--quiet", small_buffers=True)
+    alex, bob = chat.members("Alex", "Bob")
+    slow = chat.slow_member(alex, bob)
+
+    with chat.growing_by_less_than(MIB):
+        slow.send("/help\n" * 20_000)
+        for _ in range(10):
+            assert_next(alex, bob)
+        for _ in range(20_000):
+            slow.gather("* /help: lists the commands".__eq__)
+
+
+@needs_proc
+@pytest.mark.parametrize("line", [b"\xff", b"/msg Slow " + b"x" * 1000])
 def test_answers_that_are_not_read_are_bounded_and_disturb_no_conversation(
     start_server: StartServer, line: bytes
 ) -> None:
-    """Refusals, what commands answer, and private messages, here one's own."""
+    """Refusals and private messages, here one's own."""
     chat = start_server("--rate", "0", "--quiet", small_buffers=True)
     alex, bob = chat.members("Alex", "Bob")
     slow = chat.slow_member(alex, bob)
@@ -218,7 +234,7 @@ def test_a_slow_reader_that_speaks_sees_all_but_its_own(narrow_room: Room) -> No
         text = "x" * (3000 if i < 20 or i % 50 == 0 else 10) + str(i)
         alex.say(text)
         assert bob.line() == f"Alex: {text}"
-        slow.send(f"own {i}\n".encode() + b"\xff\n")
+        slow.send(b"\xff\n" + f"own {i}\n".encode())
         assert bob.line() == f"Slow: own {i}"
         promised += [f"Alex: {text}", "! That line is not UTF-8."]
 
@@ -292,3 +308,22 @@ def test_a_trickle_reader_delays_nobody(narrow_room: Room) -> None:
         alex.half_close()
 
     assert statistics.median(delays[-10:]) < 0.1
+
+
+def test_what_members_alone_see_is_bounded_for_all_of_them_together(
+    narrow_room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that lets the most of it wait is dropped; the other one gets all."""
+    monkeypatch.setattr(server, "MAX_OWN_BYTES", 100_000)
+    alex, bob = narrow_room.members("Alex", "Bob")
+    modest = narrow_room.member("Modest", alex, bob, receive_buffer=SMALL_BUFFER)
+    greedy = narrow_room.member(
+        "Greedy", alex, bob, modest, receive_buffer=SMALL_BUFFER
+    )
+
+    for name, count in (("Modest", 50), ("Greedy", 200)):
+        alex.send(f"/msg {name} {'x' * 500}\n" * count)
+    assert bob.line() == left("Greedy")
+    greedy.close()
+
+    assert modest.lines(50) == [f"Alex (private): {'x' * 500}"] * 50
