@@ -48,6 +48,7 @@ import protocol
 from protocol import ServerLine
 
 try:
+    import fcntl
     import termios
 except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
@@ -373,15 +374,19 @@ class ChatClient:
         self._terminal.show("Connection closed.")
 
     def _wait_for_end(self) -> None:
-        """Wait until the server has read all and closes; in a pipe, for ever."""
+        """Wait until the server has read all and closes, or goes on no more."""
         with suppress(OSError):  # the server was quicker
             self._socket.shutdown(socket.SHUT_WR)
+        before = sys.maxsize
         try:
-            self._terminal.wait(lambda: self._end, patient=True)
-        except ServerHangs:
-            return
+            while not self._end and (unread := _unread_bytes(self._socket)) < before:
+                before = unread
+                with suppress(ServerHangs):
+                    self._terminal.wait(lambda: self._end, patient=True)
         except KeyboardInterrupt:
             self._status = INTERRUPTED
+        if not self._end and before:
+            self._terminal.show(f"The server has not taken the last {before} bytes.")
         if self._end and str(self._end) != CLOSED and not self._terminal.person:
             self._terminal.show(f"Connection lost: {self._end}.")
             self._status = self._status or 1  # who knows how much has arrived
@@ -431,6 +436,15 @@ class ChatClient:
             self._answer = answer
         if answer or not self._joined:
             self._terminal.nudge()
+
+
+def _unread_bytes(client_socket: socket.socket) -> int:
+    """Return how much the server's side has not taken yet, as far as the system tells."""
+    if termios:
+        with suppress(OSError):  # the connection has ended
+            answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
+            return int.from_bytes(answer, sys.byteorder)
+    return 0
 
 
 def _is_quit(text: str) -> bool:
@@ -576,8 +590,9 @@ class Terminal:
     ) -> None:
         """Wait until this is so, with the keyboard watched.
 
-        Who leaves meanwhile waits LEAVE_SECONDS more: then ServerHangs is raised.  The
-        fact is looked at after every nudge, and if the socket is writable.
+        A person that leaves meanwhile waits LEAVE_SECONDS more, and as long as the socket
+        goes on taking what is sent: then ServerHangs is raised.  The fact is looked at
+        after every nudge, and if the socket is writable.
         patient: what came from a pipe is to be delivered, however long that takes.
         """
         for_ever = patient and not (self.person or self._ending)
@@ -588,7 +603,8 @@ class Terminal:
                 deadline = time.monotonic() + LEAVE_SECONDS
             if time.monotonic() >= deadline:
                 raise ServerHangs
-            self._watch(deadline - time.monotonic(), writable)
+            if writable in self._watch(deadline - time.monotonic(), writable):
+                deadline = math.inf
 
     def _wants_to_leave(self) -> bool:
         """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
@@ -614,8 +630,8 @@ class Terminal:
 
     def _watch(
         self, seconds: float = math.inf, writable: socket.socket | None = None
-    ) -> bool:
-        """Wait for keys, a nudge or a signal, and take them; False if none came.
+    ) -> list[object]:
+        """Wait for keys, a nudge or a signal, and take them; return what was ready.
 
         Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
         """
@@ -631,7 +647,7 @@ class Terminal:
         self._heed_signals()
         if self._keyboard in readable:
             self._read_keyboard()
-        return bool(readable or ready)
+        return [*readable, *ready]
 
     def _read_keyboard(self) -> None:
         try:
