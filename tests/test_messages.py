@@ -7,7 +7,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import SMALL_BUFFER, Peer, Room, StartRoom, assert_next, joined, left
+from helpers import (
+    SMALL_BUFFER,
+    Peer,
+    Room,
+    StartRoom,
+    assert_next,
+    joined,
+    left,
+    open_descriptors,
+    wait_until,
+)
 
 import server
 
@@ -188,20 +198,51 @@ def test_what_was_sent_is_delivered_though_writing_fails(start_room: StartRoom) 
 
 
 def test_who_leaves_still_receives_what_was_said_before(narrow_room: Room) -> None:
-    """Also what its socket could not take yet, and though it sent more than q."""
+    """Also what its socket could not take yet."""
     bob, carol = narrow_room.members("Bob", "Carol")
     alex = narrow_room.slow_member(bob, carol)
     said = [f"Bob: {i:03} " + "x" * 1000 for i in range(100)]
     bob.send("".join(line.removeprefix("Bob: ") + "\n" for line in said))
     assert carol.lines(100) == said
 
-    alex.send(b"q\n" + b"too late\n" * 1000)
+    alex.say("q")
 
     assert carol.line() == left("Slow")
-    passer_by = narrow_room.connect()
-    passer_by.send("q\n")
-    assert passer_by.rest() == []  # the server has had the time to close Alex's too
     assert alex.rest() == said
+
+
+def test_what_is_sent_after_q_costs_nobody_the_last_lines(room: Room) -> None:
+    """A close with input unread would reset the connection."""
+    alex, bob, carol = room.members("Alex", "Bob", "Carol")
+    bob.say("hi")
+    assert carol.line() == "Bob: hi"
+
+    alex.send("q\n" + "too late\n" * 1000)
+    assert bob.line() == left("Alex")
+    before = open_descriptors()
+    passer_by = room.connect()
+    passer_by.say("q")
+    assert passer_by.rest() == []
+    passer_by.close()
+    wait_until(lambda: open_descriptors() <= before)  # so Alex's could be closed too
+
+    assert alex.rest() == ["Bob: hi"]
+
+
+def test_who_leaves_without_reading_is_not_waited_for(
+    narrow_room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LEAVE_SECONDS", 0.1)  # instead of 5
+    alex, bob = narrow_room.members("Alex", "Bob")
+    slow = narrow_room.slow_member(alex, bob)
+    before = open_descriptors()
+    alex.send(f"{'x' * 1000}\n" * 50)
+    bob.lines(50)
+
+    slow.say("q")
+
+    assert bob.line() == left("Slow")
+    wait_until(lambda: len(open_descriptors()) == len(before) - 1)
 
 
 # --- the rate -----------------------------------------------------------------------
