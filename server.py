@@ -15,8 +15,8 @@ refusal, a private message) is its own face of an entry, and a spot in its way t
 
 How a connection ends: the client leaves (q, or EOF), it is lost (its peer is gone), or we
 drop it (too slow, or not joined in time); a newcomer without room is turned away.  Its
-handler removes it, once, and ends.  The broadcaster ends our side after the last send,
-and the main thread closes it when the peer has ended its side too.
+handler removes it, once, and ends.  Our side ends after the last send, a member's by the
+broadcaster; the main thread closes the connection when the peer has ended its side too.
 """
 
 from __future__ import annotations
@@ -125,15 +125,11 @@ SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
 
-# The errors of accept(2) for a lack that may pass, and for a peer that is gone again.
-EXHAUSTED = {
-    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
-    getattr(errno, "WSAEMFILE", errno.EMFILE),
-}  # fmt: skip
-GONE_AGAIN = {
-    errno.ECONNABORTED, errno.ECONNRESET, errno.EAGAIN, errno.EWOULDBLOCK, errno.EPERM,
-    errno.EPROTO, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENETDOWN,
-    errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+# The errors of accept(2) that pass: a lack of something, or of the network.
+PASSING = {
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EPROTO,
+    errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, getattr(errno, "WSAEMFILE", errno.EMFILE),
 }  # fmt: skip
 
 FOREVER = float("inf")
@@ -228,14 +224,14 @@ class ChatServer:
         # The main thread's own.
         self._listener = _listen(host, port)
         self.address = _format_address(self._listener.getsockname())
-        self._exhausted = False  # something has run out, and the terminal was told
+        self._accepts = True  # as far as the terminal was told
         self._arrivals = _Selector()  # watches the listener; stop() wakes it
         self._arrivals.register(self._listener, selectors.EVENT_READ)
         self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
         # Clients without a handler, until their peers have ended the connection too, and
         # the time up to which we wait.  Handlers add, only the main thread removes.
         self._lingering: dict[_Client, float] = {}
-        self._poll_at = 0.0  # when to look at them next
+        self._poll_at = 0.0  # when to poll them next
 
         # Guards the names below, and the outbox, which change together.  Held for table
         # operations only: never while sending to members, receiving or joining a thread.
@@ -300,11 +296,12 @@ class ChatServer:
     def _accept_one(self) -> None:
         try:
             client_socket, address = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return  # the peer is gone again
         except OSError as error:
-            if error.errno in EXHAUSTED:
-                self._accept_later(error)
-            elif error.errno not in GONE_AGAIN:
+            if error.errno not in PASSING:
                 raise
+            self._accept_later(error)
             return
         if not address:  # macOS has none for a peer that is gone again
             client_socket.close()
@@ -317,7 +314,7 @@ class ChatServer:
         client.thread = handler
         try:
             handler.start()
-            self._exhausted = False
+            self._accepts = True
         except RuntimeError as error:  # the system has no more threads
             with self._lock:
                 self._unjoined.pop(client, None)
@@ -362,23 +359,23 @@ class ChatServer:
 
     def _accept_later(self, error: Exception) -> None:
         """Pause accepting: the listener stays readable, and the loop would spin."""
-        if not self._exhausted:
+        if self._accepts:
             self._tell(f"Cannot take new clients for now: {error}")
-        self._exhausted = True
+        self._accepts = False
         time.sleep(ACCEPT_PAUSE_SECONDS)
 
     def _linger(self, client: _Client) -> None:
         """End our side of a connection, and give the peer a moment to end its own.
 
         A close with input unread would reset the connection, and could cost the peer
-        the last lines to it.  To a member the broadcaster has still to send these.
+        the last lines to it.  For a member the broadcaster ends our side, once it has
+        sent these.
         """
         if not client.is_sent_to:
             _shut(client.socket, socket.SHUT_WR)
         client.socket.setblocking(False)
         seconds = LEAVE_SECONDS if client.is_sent_to else LINGER_SECONDS
         self._lingering[client] = time.monotonic() + seconds
-        self._arrivals.wake()
 
     # --- one client: its handler ----------------------------------------------------
 
@@ -414,7 +411,7 @@ class ChatServer:
         self._linger(client)
         with self._lock:
             del self._connections[client.socket]
-        self._arrivals.wake()  # at the end the main thread waits for this
+        self._arrivals.wake()  # the main thread closes it
 
     def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
         """Yield the lines of a client as they come, no more of them than it may send.
@@ -821,8 +818,8 @@ class _Outbox:
 class _Broadcaster:
     """Sends to the members what is appended to the outbox, in passes.
 
-    Everything here but wake() runs in one thread, which alone touches the stream and
-    the members' places.
+    All but wake() and close() runs in one thread, which alone touches the stream and the
+    members' places.
     """
 
     def __init__(self, outbox: _Outbox, on_end: Callable[[], None]) -> None:
@@ -1211,7 +1208,7 @@ class Recorder(Generic[Item]):
     """
 
     def __init__(self) -> None:
-        # Guards the names below.  Not held while writing.
+        # Guards what changes below.  Not held while writing.
         self._changed = threading.Condition()
         self._batch: list[Item] = []
         self._unwritten = 0  # items, those being written included
@@ -1231,18 +1228,19 @@ class Recorder(Generic[Item]):
         """Tell that so many were left out, before the next one that fits."""
         raise NotImplementedError
 
-    def put(self, items: Sequence[Item]) -> None:
-        """Queue items, all of them or none.  Never waits."""
+    def put(self, items: Sequence[Item]) -> bool:
+        """Queue items, or leave all of them out and return False.  Never waits."""
         with self._changed:
             if self._unwritten + len(items) > MAX_UNWRITTEN:
                 self._left_out += len(items)
-                return
+                return False
             self._end_gap()
             if not self._unwritten:
                 self._begun_at = time.monotonic()
                 self._changed.notify_all()
             self._batch += items
             self._unwritten += len(items)
+            return True
 
     def close(self, seconds: float) -> int:
         """Write all that was put, for so long at most; return how much is left."""
@@ -1375,7 +1373,8 @@ class Database(Recorder[_Message | _Change]):
             raise DatabaseError(
                 f"cannot use {path!r}: {reason} (choose another --database)"
             ) from None
-        # Guarded by the server's lock, as the order of messages is.
+        # The first is guarded by the server's lock, as the order of messages is; in the
+        # second a member changes what belongs to its own name, which no one else can take.
         self._last: deque[_Message] = deque(reversed(last), MAX_HISTORY_MESSAGES)
         self._accounts: dict[str, _Account | None] = {
             key: _Account(*fields) for key, *fields in accounts
@@ -1383,14 +1382,14 @@ class Database(Recorder[_Message | _Change]):
         self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
         self._failing = False
         self._give_up_at = FOREVER  # on writing what still waits
-        self.closing = threading.Event()  # wait for nothing any longer
+        self.closing = threading.Event()  # no handler waits for it any longer
         super().__init__()
 
     @staticmethod
     def _connect(path: str, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         return sqlite3.connect(
-            path, timeout, isolation_level=None, check_same_thread=False
+            path, timeout=timeout, isolation_level=None, check_same_thread=False
         )
 
     def _check_kind(self) -> None:
@@ -1527,11 +1526,10 @@ class Database(Recorder[_Message | _Change]):
 
     def _change(self, name: str, account: _Account | None) -> None:
         """Change an account; returns once that is in the file, unless the disk hangs."""
-        if self._failing:
+        change = _Change(name, account, threading.Event())
+        if self._failing or not self.put([change]):
             raise ProtocolError("The database cannot be written for now.")
         self._accounts[protocol.name_key(name)] = account
-        change = _Change(name, account, threading.Event())
-        self.put([change])
         change.written.wait(CHANGE_SECONDS)
 
     def is_password(self, account: _Account, password: bytes, dropped: Fact) -> bool:

@@ -142,11 +142,11 @@ open-file-limit-not-raised: test_the_server_raises_its_limit_of_open_files
 - needed = clients + SPARE_DESCRIPTORS
 + needed = 0
 lack-ends-the-server: test_what_accept_tells_of_one_costs_no_other_one
-- if error.errno in EXHAUSTED:
-+ if False:
+- if error.errno not in PASSING:
++ if True:
 any-accept-error-passed-over: test_a_bug_in_accepting_ends_the_server
-- elif error.errno not in GONE_AGAIN:
-+ elif False:
+- if error.errno not in PASSING:
++ if False:
 no-thread-left-ends-the-server: test_out_of_threads_the_server_serves_those_inside
 - except RuntimeError as error:  # the system
 + except KeyError as error:  # the system
