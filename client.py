@@ -103,6 +103,7 @@ def client_program() -> int:
     """Run the client; return its exit status."""
     _fill_standard_streams()
     options = _parse_arguments()
+    terminal = None
     try:
         two_ways = sys.stdin.isatty() and sys.stdout.isatty()
         plain = termios is None or not two_ways or os.environ.get("TERM") == "dumb"
@@ -111,6 +112,8 @@ def client_program() -> int:
     except (OSError, ValueError) as error:  # ValueError: not a host name at all
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
         reason = _explain(error)
+        if terminal:
+            terminal.restore()
         print(f"client.py: cannot connect to {where}: {reason}", file=sys.stderr)
         return 1
     with terminal:
@@ -139,17 +142,13 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _explain(error: Exception) -> str:
     """Return why there is no connection, and what to do about that very thing."""
-    match error:
-        case socket.gaierror():
-            advice = "is the name after --host spelled as it should be?"
-        case ConnectionRefusedError():
-            advice = "start the server there, or give its --port"
-        case TimeoutError():
-            advice = "is that computer up, and the port open in its firewall?"
-        case OSError():
-            advice = "the system does not allow it"
-        case _:
-            return "that is no host (--host takes a name or an address)"
+    if not isinstance(error, OSError):
+        return "that is no host (--host takes a name or an address)"
+    advice = {
+        socket.gaierror: "is the name after --host spelled as it should be?",
+        ConnectionRefusedError: "start the server there, or give its --port",
+        TimeoutError: "is that computer up, and the port open in its firewall?",
+    }.get(type(error), "is --host right, and is there a network that leads there?")
     return f"{_reason(error)} ({advice})"
 
 
@@ -187,7 +186,7 @@ class ChatClient:
         self._joined = False
         # The last answer to a name or a password, or once joined the last refusal or
         # question; None from the sending of a line until there is one.
-        self._answer: ServerLine | None = ServerLine("", "", "nothing was asked")
+        self._answer = ServerLine("!", "", "nothing was asked")
         self._receiver = threading.Thread(
             target=self.receive_messages, args=(self._socket,), name="receiver"
         )
@@ -247,19 +246,15 @@ class ChatClient:
                 # Never on a new connection: there it would be taken for a name.
                 self._exchange(self._terminal.ask(PASSWORD))
             else:
-                name = self._ask_name()
+                offer = f" [{self._name}]" if self._name else ""
+                answer = self._terminal.ask(f"Enter your username{offer}: ")
+                if not (name := protocol.clean(answer).strip() or self._name):
+                    self._terminal.show("Please enter a name, or q to leave.")
+                    continue
                 self._terminal.show(f"Joining the chat as {name}...")
+                self._terminal.know_name(name)  # before anybody can say it
                 self._send_name(name)
         self._status, self._name = 0, name
-        self._terminal.know_name(name)
-
-    def _ask_name(self) -> str:
-        offer = f" [{self._name}]" if self._name else ""
-        while True:
-            answer = self._terminal.ask(f"Enter your username{offer}: ")
-            if name := protocol.clean(answer).strip() or self._name:
-                return name
-            self._terminal.show("Please enter a name, or q to leave.")
 
     def _send_name(self, name: str) -> None:
         """Send a name and wait for its answer."""
@@ -287,22 +282,19 @@ class ChatClient:
                 self._terminal.check_leaving()
                 raise ConnectionLost(_reason(error)) from None
 
-    def _exchange(self, text: str, about: str = "") -> None:
-        """Send a line, and wait for a question or for a line that begins so."""
+    def _exchange(self, text: str, about: str | tuple[str, ...] = "") -> None:
+        """Send a line; wait for a question, or an answer that begins with `about`."""
         self._send(text)
-
-        def told() -> bool:
-            answer = self._answer
-            return answer is not None and (
-                answer.mark == "?" or answer.text.startswith(about)
-            )
-
+        told: Fact = lambda: (
+            self._is_asked()
+            or (self._answer.mark and self._answer.text.startswith(about))
+        )
         self._terminal.wait(lambda: told() or self._end, patient=self._joined)
         if self._end and not told():
             raise self._end
 
     def _is_asked(self) -> bool:
-        return self._answer is not None and self._answer.mark == "?"
+        return self._answer.mark == "?"
 
     def handle_chat(self, client_socket: socket.socket) -> None:
         """Send what the person types until they leave or the connection is lost."""
@@ -332,20 +324,23 @@ class ChatClient:
         try:
             if secret:
                 # An earlier line may be refused now; our server names the command.
-                self._exchange(text, about=command)
+                self._exchange(text, about=(command, "That line is "))
             elif text.strip():
                 self._send(text)
         except ConnectionLost:
             self._terminal.draft = (text, "".join(self._terminal.draft))
             raise
-        if secret and not (self._is_asked() or self._terminal.person):
-            self._status = 1  # the next line in the pipe is the password, for nobody
-            raise Leave
+        if secret and not self._is_asked():
+            # The next line is the password, for nobody.
+            self._terminal.drop_ahead()
+            if not self._terminal.person:
+                self._status = 1
+                raise Leave
 
     def _send(self, text: str) -> None:
         """Send a line."""
         unsent = memoryview(protocol.encode_line(text))
-        self._answer = None
+        self._answer = ServerLine("", "", "")
 
         def is_sent() -> bool:
             nonlocal unsent
@@ -386,10 +381,10 @@ class ChatClient:
         except KeyboardInterrupt:
             self._status = INTERRUPTED
         if not self._end and before:
-            self._terminal.show(f"The server has not taken the last {before} bytes.")
+            self._terminal.show("The server has not taken everything.")
         if self._end and str(self._end) != CLOSED and not self._terminal.person:
             self._terminal.show(f"Connection lost: {self._end}.")
-            self._status = self._status or 1  # who knows how much has arrived
+            self._status = self._status or 1  # what has arrived is not known
 
     def _hang_up(self) -> None:
         """Close the connection and end the receiver; again does nothing."""
@@ -426,7 +421,7 @@ class ChatClient:
             elif line.mark == "!" and line.text.startswith(protocol.FULL):
                 raise ServerFull(line.text)
             elif line.mark:
-                if self._answer or answer:
+                if self._answer.mark or answer:
                     continue  # nobody has asked for anything yet
                 answer, self._joined = line, line.mark == "*"
             shown.append(line)
@@ -488,7 +483,7 @@ class Terminal:
         self._pasted: deque[str] = deque()  # lines of a long paste, to be sent
         self._input_ended, self._empty_reads = False, 0
         self.leaving = False  # the person has asked to
-        # For whoever wants the main thread's attention: nudge(), and signals.
+        # For the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
         self._signals: deque[int] = deque()  # that have come
@@ -512,14 +507,14 @@ class Terminal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
+        self.restore()
         signal.set_wakeup_fd(-1)
         self._waker.close()
         self._wake_receiver.close()
 
     def know_name(self, name: str) -> None:
         """Note the person's own name, which stands out in what others say."""
-        pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+        pattern = rf"(?<!\w){re.escape(unicodedata.normalize('NFKC', name))}(?!\w)"
         self._mention = re.compile(pattern, re.IGNORECASE)
 
     def ask(self, prompt: str, until: Fact = _never) -> str:
@@ -608,12 +603,11 @@ class Terminal:
 
     def _wants_to_leave(self) -> bool:
         """Tell whether the person has asked to leave, perhaps in what is typed ahead."""
-        if self.leaving:
+        typed = "".join(key for key in self._ahead if not key.startswith(_PASTED))
+        if self.person and _LEAVES.search(typed):
             return True
-        if not self.person:  # what is in a pipe is delivered, however long that takes
-            return self._input_ended and not self._ahead
-        typed = [key for key in self._ahead if not key.startswith(_PASTED)]
-        return self._input_ended or _LEAVES.search("".join(typed)) is not None
+        # What is in a pipe is delivered, however long that takes.
+        return self.leaving or self._input_ended and (self.person or not self._ahead)
 
     def check_leaving(self) -> None:
         """Raise Leave if the person has asked to while nobody watched the keyboard."""
@@ -661,7 +655,7 @@ class Terminal:
     def _on_end(self, number: int, _: object) -> None:
         """Note that the program is to end.  The second time end it at once."""
         if self._ending:  # stuck, on a server or on a screen that takes nothing
-            self._restore()
+            self.restore()
             os._exit(128 + number)
         self._ending = True
         self._signals.append(number)
@@ -687,7 +681,7 @@ class Terminal:
         # Without a shell to continue it the system has not stopped it at all.
         self._signals.append(signal.SIGCONT)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
         self.forget_typed()
         self._set_modes(0)
@@ -699,6 +693,10 @@ class Terminal:
         """
         if self._modes and not self._in_background():
             self._read_out()
+        return self.drop_ahead()
+
+    def drop_ahead(self) -> int:
+        """Throw away what has been read already; return how many lines of a paste."""
         unsent = len(self._pasted)
         self._pasted.clear()
         self._ahead.clear()
@@ -713,7 +711,7 @@ class Terminal:
         deadline = time.monotonic() + FORGET_SECONDS
         self._set_modes(_EDITED)
         with suppress(OSError):  # the terminal has been closed
-            while time.monotonic() < deadline:
+            while self._reader.pasting or time.monotonic() < deadline:
                 pause = PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
                 if not select.select([self._keyboard], [], [], pause)[0]:
                     break
@@ -762,7 +760,8 @@ class Terminal:
         if isinstance(line, str):
             return protocol.clean(line)
         rings = line.private or line.name and self._mention.search(line.text)
-        bell = "\a" if rings and self._options.bell and self.person else ""
+        at_terminal = self.person and sys.stdout.isatty()
+        bell = "\a" if rings and self._options.bell and at_terminal else ""
         now = time.strftime("%H:%M ") if self._options.times else ""
         return f"{bell}{now}{self._style(line)}"
 
@@ -926,7 +925,7 @@ class LineEditor(Terminal):
     It reads keys in place of lines, and draws what Terminal only writes.  The screen is
     changed in one write at a time: from the first row of the line down everything is
     cleared, what others wrote comes there, and prompt and line again below it.  So it is
-    right after each write, whoever's turn it is, and a change of the window's size is
+    right after each write, by either thread, and a change of the window's size is
     one more reason to draw, and no case of its own.
     """
 
@@ -986,6 +985,8 @@ class LineEditor(Terminal):
                 self._pasted = lines
                 return
         self.draft = self._unpasted
+        if until():
+            self.show(f"Pasted lines that were not sent: {len(lines) - 1}.")
 
     def _begin_line(self) -> None:
         self._before = self._after = ""
@@ -1122,7 +1123,7 @@ class LineEditor(Terminal):
         columns, rows = self._size()
         hidden = self._prompt == PASSWORD
         before, after = ("", "") if hidden else (self._before, self._after)
-        before, after = _window(self._prompt + before, after, columns, rows - 1)
+        before, after = _window(self._prompt + before, after, columns, max(1, rows - 1))
         places = _places(before + after, columns)
         (end_row, end_column), (row, column) = places[-1], places[len(before)]
         self._write(

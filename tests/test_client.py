@@ -290,10 +290,10 @@ class Puppet:
         caller.say(f"* Welcome, {name}!")
         return caller
 
-    def join(self, alex: Terminal) -> Caller:
+    def join(self, alex: Terminal, name: str = "Alex") -> Caller:
         """Take in Alex, who is at the menu."""
-        alex.type(f"1{ENTER}Alex{ENTER}")
-        caller = self.welcome()
+        alex.type(f"1{ENTER}{name}{ENTER}")
+        caller = self.welcome(name)
         wait_for_prompt(alex)
         return caller
 
@@ -1004,7 +1004,7 @@ def test_private_messages_and_the_own_name_stand_out_and_ring_the_bell(
     puppet: Puppet,
 ) -> None:
     alex = puppet.terminal([*PROGRAM, "--bell"])
-    caller = puppet.join(alex)
+    caller = puppet.join(alex, "ＡＬＥＸ")
 
     for line, bells in {
         "Bob (private): psst": 1,
@@ -1535,9 +1535,11 @@ def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
 ) -> None:
     alex = puppet.terminal(TERM=kind)
     caller = puppet.join(alex)
-    alex.type(f"/register{ENTER}")
+    ahead = "" if kind == "dumb" else f"a password for nobody{ENTER}"
+    alex.type(f"/register{ENTER}{ahead}")
     assert caller.line() == "/register"
     caller.say("! /register is no command.")
+    wait_for_prompt(alex, "You:")
     half = "" if kind == "dumb" else "half"
     alex.type(half)
     wait_for_prompt(alex, f"You: {half}".rstrip())
@@ -1593,8 +1595,12 @@ def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) ->
 
 @pytest.mark.parametrize(
     ("refused", "heard", "status"),
-    [("/foo", [PASSWORD, "q"], 0), ("/register", [], 1)],
-    ids=["an earlier line", "the command"],
+    [
+        ("/foo is no command.", [PASSWORD, "q"], 0),
+        ("/register is no command.", [], 1),
+        ("That line is longer than 4096 bytes.", [], 1),
+    ],
+    ids=["an earlier line", "the command", "its line"],
 )
 def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
     puppet: Puppet, refused: str, heard: list[str], status: int
@@ -1603,7 +1609,7 @@ def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
     caller = puppet.welcome()
     assert caller.lines(2) == ["/foo", "/register"]
 
-    caller.say(f"! {refused} is no command.")
+    caller.say(f"! {refused}")
     if heard:
         caller.say(ASKED)
 
