@@ -372,15 +372,17 @@ class ChatClient:
         """Wait until the server has read all and closes, or goes on no more."""
         with suppress(OSError):  # the server was quicker
             self._socket.shutdown(socket.SHUT_WR)
-        before = sys.maxsize
+        unread = _unread_bytes(self._socket)
         try:
-            while not self._end and (unread := _unread_bytes(self._socket)) < before:
-                before = unread
+            while not self._end:
                 with suppress(ServerHangs):
                     self._terminal.wait(lambda: self._end, patient=True)
+                before, unread = unread, _unread_bytes(self._socket)
+                if not 1 < unread < before:  # the end of our side counts as one
+                    break
         except KeyboardInterrupt:
             self._status = INTERRUPTED
-        if not self._end and before:
+        if not self._end and unread > 1:
             self._terminal.show("The server has not taken everything.")
         if self._end and str(self._end) != CLOSED and not self._terminal.person:
             self._terminal.show(f"Connection lost: {self._end}.")
@@ -669,6 +671,8 @@ class Terminal:
                 self._stop()
             elif number == signal.SIGCONT:  # by fg, or after a kill -STOP
                 self._set_modes(self._off)
+                with self._lock:
+                    self._draw()
             elif number != signal.SIGWINCH:  # for which it is enough to wake
                 sys.exit(128 + number)
 
@@ -949,6 +953,8 @@ class LineEditor(Terminal):
 
     def _set_modes(self, off: int, *, flush: bool = False) -> None:
         super()._set_modes(off, flush=flush)
+        if self._in_background():
+            return
         before, self._brackets = self._brackets, "\x1b[?2004" + ("h" if off else "l")
         # A signal handler may be here because the screen takes nothing any more.
         ready = select.select([], [self._screen], [], QUIET_SECONDS)[1]

@@ -1539,7 +1539,8 @@ def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
     alex.type(f"/register{ENTER}{ahead}")
     assert caller.line() == "/register"
     caller.say("! /register is no command.")
-    wait_for_prompt(alex, "You:")
+    alex.wait_for("is no command.")
+    wait_for_prompt(alex)
     half = "" if kind == "dumb" else "half"
     alex.type(half)
     wait_for_prompt(alex, f"You: {half}".rstrip())
