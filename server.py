@@ -522,8 +522,6 @@ class ChatServer:
         for batch in lines:
             said: list[str] = []
             for line in batch:
-                if self._outbox.closed.is_set():
-                    return
                 if line in protocol.QUIT_LINES:
                     self._say(client, said)
                     if self._tell_messages:
@@ -538,6 +536,8 @@ class ChatServer:
                     text = protocol.decode_message(line)
                     command, text = protocol.split_command(text)
                     if command:
+                        if self._outbox.closed.is_set():
+                            return
                         self._say(client, said)
                         self._obey(client, command, text)
                     elif text:
@@ -547,6 +547,8 @@ class ChatServer:
                     self._tell(f"Refused a line from {client}: {error}")
                     self._submit(_Entry(client, b"", protocol.refusal(error)))
             self._say(client, said)
+            if self._outbox.closed.is_set():
+                return
 
     def _say(self, client: _Client, said: list[str]) -> None:
         """Broadcast these texts, and empty the list."""
@@ -1012,19 +1014,25 @@ class _Broadcaster:
         that this one took in, and to how far beyond half of its limit the member is.
         """
         place, most, own = self._passed, 0, 0
-        for member in sorted(self._slow, key=lambda member: member.spot_bytes):
-            own += member.spot_bytes
+        for member in tuple(self._slow):
             unsent = self._end - member.place + member.spot_bytes
-            if unsent > MAX_UNSENT_BYTES or own > MAX_OWN_BYTES:
-                member.dropped = f"too slow, {unsent} bytes waited for it"
-                self._stop_sending(member)
+            if unsent > MAX_UNSENT_BYTES:
+                self._drop(member, unsent)
             else:
                 place, most = min(place, member.place), max(most, unsent)
+                own += member.spot_bytes
+        if own > MAX_OWN_BYTES:
+            greediest = max(self._slow, key=lambda member: member.spot_bytes)
+            self._drop(greediest, greediest.spot_bytes)
         del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
             fullness = min(1.0, taken / MAX_OUTBOX_BYTES)
             self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure * fullness
+
+    def _drop(self, member: _Client, unsent: int) -> None:
+        member.dropped = f"too slow, {unsent} bytes waited for it"
+        self._stop_sending(member)
 
     def _stop_sending(self, member: _Client) -> None:
         """Send nothing more to a member, and end our side of its connection.
