@@ -1440,15 +1440,17 @@ def test_long_paste_is_sent_after_a_yes(
 
 @pytest.mark.parametrize("answer", [ENTER, f"n{ENTER}", f"q{ENTER}", CTRL_D])
 def test_no_to_a_long_paste_keeps_its_first_line(small_chat: Chat, answer: str) -> None:
+    """Where it was pasted, with what stood behind the cursor."""
     alex, bob = small_chat
 
-    alex.type("say " + paste(*[f"line {number}" for number in range(6)], ""))
+    lines = [f"line {number}" for number in range(6)]
+    alex.type(f"say now{LEFT_KEY * 4}{paste(*lines, '')}")
     alex.wait_for("Send 6 lines?")
     alex.type(answer)
-    wait_for_prompt(alex, "You: say line 0")
+    wait_for_prompt(alex, "You: sayline 0 now")
     alex.type(f"!{ENTER}")
 
-    assert bob.line() == "Alex: say line 0!"
+    assert bob.line() == "Alex: sayline 0! now"
 
 
 def test_keys_and_pastes_that_come_in_pieces_are_whole(small_chat: Chat) -> None:
@@ -1679,21 +1681,6 @@ def test_client_that_is_terminated_while_it_is_stopped_ends(
     assert bob.line() == HAS_LEFT
     wait_until(has_ended)
     assert alex.modes() == alex.modes_before
-
-
-def test_no_to_a_long_paste_keeps_what_stood_behind_the_cursor(
-    small_chat: Chat,
-) -> None:
-    alex, bob = small_chat
-    lines = [f"line {number}" for number in range(6)]
-
-    alex.type(f"say now{LEFT_KEY * 4}{paste(*lines, '')}")
-    alex.wait_for("Send 6 lines?")
-    alex.type(ENTER)
-    wait_for_prompt(alex, "You: sayline 0 now")
-    alex.type(f"!{ENTER}")
-
-    assert bob.line() == "Alex: sayline 0! now"
 
 
 def test_pasted_lines_that_were_not_sent_are_counted_when_the_connection_is_lost(
