@@ -538,12 +538,12 @@ class Terminal:
         """Show the prompt.  Caller holds _lock."""
         self._echoed = False
         self.draft = ("", "")  # the system edits the line
-        if self.person:
-            self._write(self._prompt)
         if self._prompt == PASSWORD:
             # What is half typed in the system's buffer is no part of the secret.
             self._off = _HIDDEN
             self._set_modes(self._off, flush=True)
+        if self.person:
+            self._write(self._prompt)
 
     def _read_line(self) -> str:
         if os.name == "nt" and self._prompt == PASSWORD:

@@ -937,7 +937,7 @@ def test_ctrl_z_and_fg_keep_what_was_typed(small_chat: Chat) -> None:
     alex.wait_for("Bob: still there?")
     wait_for_prompt(alex, "You: half a line")
     assert alex.screen.cursor[1] == 12
-    assert alex.screen.takes_pastes
+    alex.wait_until(lambda: alex.screen.takes_pastes)
     alex.type(f"of {ENTER}")
     assert bob.line() == "Alex: half a of line"
 
