@@ -133,7 +133,6 @@ PASSING = {
 }  # fmt: skip
 
 FOREVER = float("inf")
-Fact = Callable[[], bool]
 # Where there is only select(), on Windows, it takes no more than 512 sockets.
 ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
 MAX_WATCHED = 500 if ONLY_SELECT else sys.maxsize
@@ -473,8 +472,7 @@ class ChatServer:
             (line,) = next(lines, [b"q"])
             if line in protocol.QUIT_LINES:
                 return False
-            dropped = lambda: client.dropped != ""
-            if not self._database.is_password(account, line, dropped):
+            if not self._database.is_password(account, line, client):
                 raise ProtocolError(f"That is not the password of {name}.")
         return self._join(client, name, account)
 
@@ -658,8 +656,7 @@ class ChatServer:
 
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
-        password = protocol.check_password(line)
-        self._database.keep(client.name, password, lambda: client.dropped != "")
+        self._database.keep(client, protocol.check_password(line))
         self._answer(client, [f"The name {client.name} is now kept for you."])
 
     def _unregister(self, client: _Client, _: str) -> None:
@@ -1520,11 +1517,11 @@ class Database(Recorder[_Message | _Change]):
         """Return the account that keeps a name, if there is one."""
         return self._accounts.get(protocol.name_key(name))
 
-    def keep(self, name: str, password: bytes, dropped: Fact) -> None:
-        """Keep a name for its owner."""
+    def keep(self, owner: _Client, password: bytes) -> None:
+        """Keep the name of a member for it."""
         blank = _Account(secrets.token_bytes(SALT_BYTES), b"", **SCRYPT)
-        account = blank._replace(hash=self._hash(password, blank, dropped))
-        self._change(name, account)
+        account = blank._replace(hash=self._hash(password, blank, owner))
+        self._change(owner.name, account)
 
     def give_up(self, name: str) -> None:
         """Keep a name no longer.  Raises ProtocolError if it was not kept."""
@@ -1540,15 +1537,15 @@ class Database(Recorder[_Message | _Change]):
         self._accounts[protocol.name_key(name)] = account
         change.written.wait(CHANGE_SECONDS)
 
-    def is_password(self, account: _Account, password: bytes, dropped: Fact) -> bool:
-        """Compare in constant time.  dropped: tells whether nobody waits for it."""
-        computed = self._hash(password, account, dropped)
+    def is_password(self, account: _Account, password: bytes, client: _Client) -> bool:
+        """Compare in constant time; the client is the one that gave it."""
+        computed = self._hash(password, account, client)
         return secrets.compare_digest(account.hash, computed)
 
-    def _hash(self, password: bytes, account: _Account, dropped: Fact) -> bytes:
-        """Return a scrypt hash.  Raises ProtocolError if dropped, or at the end."""
+    def _hash(self, password: bytes, account: _Account, client: _Client) -> bytes:
+        """Return a scrypt hash.  Raises ProtocolError if it is too late for the client."""
         while not self._hashing.acquire(timeout=RETRY_SECONDS / 2):
-            if self.closing.is_set() or dropped():
+            if self.closing.is_set() or client.dropped:
                 raise ProtocolError("There was no time for the password.")
         try:
             return hashlib.scrypt(
