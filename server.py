@@ -487,8 +487,10 @@ class ChatServer:
         taken, or kept by another password by now.
         """
         joined = f"{name} has joined the chat."
+        entry = _Entry(client, protocol.notice(joined), joins=True)
         with self._lock:
-            if client not in self._unjoined or self._outbox.closed.is_set():
+            # The wait comes first: what is looked at behind it stays as it is.
+            if not self._outbox.wait_for_room(entry) or client not in self._unjoined:
                 return False
             self._check_free(name)
             if self._database and self._database.account(name) is not account:
@@ -502,8 +504,7 @@ class ChatServer:
             self.clients[name] = client.socket
             client.name, client.is_sent_to = name, True
             notices = b"".join(map(protocol.notice, welcome))
-            entry = _Entry(client, protocol.notice(joined), notices, joins=True)
-            self._outbox.append(entry, f"User {joined}")
+            self._outbox.append(entry._replace(to_self=notices), f"User {joined}")
         self._broadcaster.wake()
         return True
 
