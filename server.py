@@ -46,7 +46,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from itertools import chain, islice, repeat, takewhile
 from pathlib import Path
@@ -1069,10 +1069,8 @@ class _Selector(selectors.DefaultSelector):
 
     def wake(self) -> None:
         """Make a wait() return, the one that runs or else the next one."""
-        try:
+        with suppress(OSError):  # full of wake-ups, or closed
             self.waker.send(b"\0")
-        except OSError:
-            pass  # full of wake-ups, or closed
 
     def wait(self, seconds: float) -> list[selectors.SelectorKey]:
         """Return the sockets that are ready; none if it was woken or time is up."""
@@ -1093,19 +1091,16 @@ class _Throttle:
 
     def __init__(self, per_second: int) -> None:
         self._per_second = per_second  # 0: no limit
-        self._lines = float(per_second * BURST_SECONDS)
-        self._counted = time.monotonic()
+        self._used_until = 0.0  # the second whose lines are to be used next
 
     def take(self, wanted: int) -> int:
         """Return how many lines, up to `wanted`, may be read now, and count them."""
         if not self._per_second:
             return wanted
         now = time.monotonic()
-        earned = (now - self._counted) * self._per_second
-        self._lines = min(self._per_second * BURST_SECONDS, self._lines + earned)
-        self._counted = now
-        taken = min(wanted, int(self._lines))
-        self._lines -= taken
+        self._used_until = max(self._used_until, now - BURST_SECONDS)
+        taken = min(wanted, int((now - self._used_until) * self._per_second))
+        self._used_until += taken / self._per_second
         return taken
 
 
@@ -1167,10 +1162,8 @@ def _sender(
 
 def _send_at_once(client: _Client, line: bytes) -> None:
     """Send a line to one that is no member, without waiting; its peer may be gone."""
-    try:
+    with suppress(OSError):  # its handler finds out by itself
         client.send(line, MSG_DONTWAIT)
-    except OSError:
-        pass  # its handler finds out by itself
 
 
 def _shut(client_socket: socket.socket, how: int) -> None:
@@ -1179,10 +1172,8 @@ def _shut(client_socket: socket.socket, how: int) -> None:
     recv() returns b"" then.  close() would wake nobody, and free a descriptor that is
     still in use.
     """
-    try:
+    with suppress(OSError):  # ended already
         client_socket.shutdown(how)
-    except OSError:
-        pass  # ended already
 
 
 def _has_ended(client_socket: socket.socket) -> bool:
