@@ -86,8 +86,6 @@ MAX_OUTBOX_BYTES = 256 * 1024
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 # What only one member sees is not shared: so much for all of them.
 MAX_OWN_BYTES = 16 * 1024 * 1024
-# A reply goes out in pieces of this size, the next one once the last one is being read.
-REPLY_BYTES = 16 * 1024
 # An entry takes so much memory besides its bytes, and so does a spot.
 ENTRY_BYTES = 200
 TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
@@ -164,10 +162,6 @@ class _Client:
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
 
-    def reads_replies(self) -> bool:
-        """Tell whether it may be sent another piece of a reply."""
-        return self.spot_bytes <= REPLY_BYTES or not self.is_sent_to
-
     def lose(self, reason: str) -> None:
         """Note that the peer is gone for good."""
         if not self.lost:
@@ -190,7 +184,6 @@ class _Entry(NamedTuple):
     to_self: bytes = b""
     joins: bool = False  # from here on it gets the stream
     leaves: bool = False  # and from here on no more
-    is_reply: bool = False  # to what the client has sent
 
     def size(self) -> int:
         """Return how many bytes of memory it takes."""
@@ -590,19 +583,6 @@ class ChatServer:
         self._broadcaster.wake()
         return True
 
-    def _reply(self, client: _Client, lines: Iterable[bytes]) -> None:
-        """Send a member lines of its own, no more of them than it reads.
-
-        lines: made one at a time; the handler waits meanwhile for this member alone.
-        """
-        piece = b""
-        for line in chain(lines, [b""]):
-            if not line or len(piece) + len(line) > REPLY_BYTES:
-                if not self._submit(_Entry(client, b"", piece, is_reply=True)):
-                    return
-                piece = b""
-            piece += line
-
     # --- commands -------------------------------------------------------------------
 
     def _obey(self, client: _Client, command: str, rest: str) -> None:
@@ -614,7 +594,10 @@ class ChatServer:
         obey(self, client, rest)
 
     def _answer(self, client: _Client, notices: Iterable[str]) -> None:
-        self._reply(client, map(protocol.notice, notices))
+        """Send a member notices of its own, each of them made once there is room."""
+        for notice in notices:
+            if not self._submit(_Entry(client, b"", protocol.notice(notice))):
+                return
 
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
@@ -653,7 +636,7 @@ class ChatServer:
     def _register(self, client: _Client, _: str) -> None:
         client.answer = partial(self._keep_name, client)
         question = f"Which password shall keep the name {client.name} for you?"
-        self._reply(client, [protocol.question(question)])
+        self._submit(_Entry(client, b"", protocol.question(question)))
 
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
@@ -773,22 +756,18 @@ class _Outbox:
         """Wait until an entry may be appended; False once the outbox is closed.
 
         One that says much may fill only half of the outbox: the other half keeps the
-        way free for all that just say something.  A reply waits for its own reader too.
+        way free for all that just say something.
         """
         size = entry.size()
-        limit = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1)
-        while not self.closed.is_set():
-            fits = not self._entries or self._bytes + size <= limit
-            reply_to = entry.client if entry.is_reply else None
-            if fits and (not reply_to or reply_to.reads_replies()):
-                return True
-            self._has_room.wait()
-        return False
+        most = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size
 
-    def look_again(self) -> None:
-        """Let handlers look again whether their members read their replies."""
-        with self.lock:
-            self._has_room.notify_all()
+        def fits() -> bool:
+            return not self._entries or self._bytes <= most or self.closed.is_set()
+
+        if not fits():
+            self._has_room.wait_for(fits)
+            self._has_room.notify()  # one lets in the next: all at once would be in vain
+        return not self.closed.is_set()
 
     def append(self, entry: _Entry, told: str = "") -> None:
         """Add an entry, unless closed; `told` is for the terminal, in the same order.
@@ -805,8 +784,7 @@ class _Outbox:
         """Return all entries and have room again; for the broadcaster."""
         with self.lock:
             entries, self._entries, self._bytes = self._entries, [], 0
-            if entries:
-                self._has_room.notify_all()
+            self._has_room.notify()
             return entries
 
     def close(self) -> None:
@@ -897,7 +875,7 @@ class _Broadcaster:
     def _take_in(self) -> int:
         """Move all entries of the outbox to the end of the stream; return their bytes."""
         entries = self._outbox.take()
-        for client, to_others, to_self, joins, leaves, _ in entries:
+        for client, to_others, to_self, joins, leaves in entries:
             start = self._end
             self._stream += to_others
             self._end += len(to_others)
@@ -969,7 +947,6 @@ class _Broadcaster:
 
     def _advance(self, member: _Client, sent: int) -> None:
         """Move the place of a member that has spots past what its socket took."""
-        read_replies = member.reads_replies()
         while member.spots:
             start, end, face = member.spots[0]
             size = start - member.place + len(face)
@@ -984,8 +961,6 @@ class _Broadcaster:
             member.place = end
             sent -= size
         member.place += sent
-        if not read_replies and member.reads_replies():
-            self._outbox.look_again()
 
     def _note_progress(self, member: _Client) -> None:
         """Watch the socket of a member that is behind, and only of such a member."""
@@ -1046,7 +1021,6 @@ class _Broadcaster:
         member.spots.clear()
         member.spot_bytes = 0
         member.is_sent_to = False  # now the main thread may close it
-        self._outbox.look_again()
 
     def _hang_up(self) -> None:
         """Send nothing more to anybody, and let the server end."""

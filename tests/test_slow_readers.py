@@ -168,27 +168,11 @@ def test_an_idle_server_uses_no_cpu(start_server: StartServer) -> None:
 
 
 @needs_proc
-def test_answers_wait_for_their_reader_and_disturb_no_conversation(
-    start_server: StartServer,
-) -> None:
-    chat = start_server("--rate", "0", "--quiet", small_buffers=True)
-    alex, bob = chat.members("Alex", "Bob")
-    slow = chat.slow_member(alex, bob)
-
-    with chat.growing_by_less_than(MIB):
-        slow.send("/help\n" * 20_000)
-        for _ in range(10):
-            assert_next(alex, bob)
-        for _ in range(20_000):
-            slow.gather("* /help: lists the commands".__eq__)
-
-
-@needs_proc
-@pytest.mark.parametrize("line", [b"\xff", b"/msg Slow " + b"x" * 1000])
+@pytest.mark.parametrize("line", [b"\xff", b"/help", b"/msg Slow " + b"x" * 1000])
 def test_answers_that_are_not_read_are_bounded_and_disturb_no_conversation(
     start_server: StartServer, line: bytes
 ) -> None:
-    """Refusals and private messages, here one's own."""
+    """Refusals, replies, and private messages, here one's own."""
     chat = start_server("--rate", "0", "--quiet", small_buffers=True)
     alex, bob = chat.members("Alex", "Bob")
     slow = chat.slow_member(alex, bob)
