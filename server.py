@@ -115,12 +115,10 @@ GATHER_SECONDS = 0.005
 
 HISTORY_MESSAGES = 20  # that a newcomer gets
 MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
-SCHEMA_VERSION = 1  # PRAGMA user_version of the database
-ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
+MAX_ROWS = 1000  # in one statement; older SQLite takes fewer
 BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
 RETRY_SECONDS = 0.1  # after a write to the database has failed
-HANGS_SECONDS = 1.0  # without a new batch: the disk hangs, and nobody waits for it
-CHANGE_SECONDS = 0.5  # that a member waits for the change of its account
+HANGS_SECONDS = 1.0  # without anything written: the disk hangs, and nobody waits
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
@@ -480,7 +478,7 @@ class ChatServer:
         if protocol.name_key(name) in self._owners:
             raise ProtocolError(f"The name {name} is taken.")
 
-    def _join(self, client: _Client, name: str, account: _Account | None) -> bool:
+    def _join(self, client: _Client, name: str, account: bytes | None) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
 
         account: whose password the client knows.  Raises ProtocolError if the name is
@@ -568,7 +566,7 @@ class ChatServer:
         if self._tell_messages:
             told = "".join([f"Received message from {line}" for line in lines])
         if self._database:
-            self._database.wait_for_room()
+            self._database.wait_for_room(len(texts))
         encoded = "".join(lines).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
@@ -708,7 +706,7 @@ class ChatServer:
             self._outbox.append(_Entry(None, notice))
             self._outbox.close()
         if self._database:
-            self._database.closing.set()
+            self._database.stop()
         self._broadcaster.wake()
         broadcaster.join()
         try:
@@ -1213,68 +1211,84 @@ class Recorder(Generic[Item]):
     serve the terminal, but its stop() waits for an output that is stuck.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None], gap: str) -> None:
+        """tell: shows a line on the terminal; gap: the one for {} items left out."""
+        self._tell = tell
+        self._gap = gap
         # Guards what changes below.  Not held while writing.
         self._changed = threading.Condition()
-        self._batch: list[Item] = []
-        self._unwritten = 0  # items, those being written included
+        self._unwritten: list[Item] = []  # those being written included
+        self._written = 0  # items since the start
         self._left_out = 0
-        self._begun_at = 0.0  # when the recorder took a batch, or was woken for one
-        self._closed = False
+        self._hangs = False  # somebody has waited for it in vain: nobody else does
+        self._stopped = False
         # A daemon, since nothing can wake a write that is stuck; it holds no lock then
         # that the interpreter's exit needs.
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
-    def _write(self, batch: list[Item]) -> None:
-        """Write a batch, however long that takes."""
-        raise NotImplementedError
-
-    def _tell_gap(self, items: int) -> None:
-        """Tell that so many were left out, before the next one that fits."""
+    def _write(self, items: list[Item]) -> int:
+        """Write the first ones of these, however long that takes; return how many."""
         raise NotImplementedError
 
     def put(self, items: Sequence[Item]) -> bool:
         """Queue items, or leave all of them out and return False.  Never waits."""
         with self._changed:
-            if self._unwritten + len(items) > MAX_UNWRITTEN:
+            if len(self._unwritten) + len(items) > MAX_UNWRITTEN:
                 self._left_out += len(items)
                 return False
-            self._end_gap()
             if not self._unwritten:
-                self._begun_at = time.monotonic()
                 self._changed.notify_all()
-            self._batch += items
-            self._unwritten += len(items)
+            self._unwritten += items
             return True
 
-    def close(self, seconds: float) -> int:
-        """Write all that was put, for so long at most; return how much is left."""
-        with self._changed:
-            self._end_gap()
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join(seconds)
-        return self._unwritten
+    def _wait(self, fact: Callable[[], bool]) -> bool:
+        """Wait for a fact; False if nothing is written for a while, or after stop().
 
-    def _end_gap(self) -> None:
-        """Caller holds _changed."""
+        Caller holds _changed.
+        """
+        while not fact() and not (self._hangs or self._stopped):
+            self._hangs = not self._changed.wait(HANGS_SECONDS)
+        return fact()
+
+    def stop(self) -> None:
+        """Have nobody wait any longer, and the thread end once all is written."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def close(self, seconds: float) -> None:
+        """Write all that was put, for so long at most; leave out what is left then."""
+        self.stop()
+        self._thread.join(seconds)
+        with self._changed:
+            self._left_out += len(self._unwritten)
+            self._unwritten.clear()
+            self._tell_gap()
+
+    def _tell_gap(self) -> None:
+        """Caller holds _changed, and has made room: the line may be an item itself."""
         if self._left_out:
-            self._tell_gap(self._left_out)
-            self._left_out = 0
+            line, self._left_out = self._gap.format(self._left_out), 0
+            self._tell(line)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._batch or self._closed)
-                if not self._batch:
+                self._changed.wait_for(lambda: self._unwritten or self._stopped)
+                if not self._unwritten:
                     return
-                self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
-                batch, self._batch = self._batch, []
-                size, self._begun_at = self._unwritten, time.monotonic()
-            self._write(batch)
+                if len(self._unwritten) < MAX_ROWS:
+                    self._changed.wait_for(lambda: self._stopped, GATHER_SECONDS)
+                items = self._unwritten.copy()
+            written = self._write(items)
             with self._changed:
-                self._unwritten -= size
+                del self._unwritten[:written]
+                self._written += written
+                if written:
+                    self._hangs = False
+                    self._changed.notify_all()
+                    self._tell_gap()
 
 
 class Terminal(Recorder[str]):
@@ -1287,18 +1301,15 @@ class Terminal(Recorder[str]):
         screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
         self._descriptor = screen
         self._encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
-        super().__init__()
+        super().__init__(self.tell, "({} lines left out)")
 
     def tell(self, lines: str) -> None:
         """Show one line or several, without the last newline.  Never waits."""
         now = time.strftime(self._time_format)
         self.put([now + line for line in lines.split("\n")])
 
-    def _tell_gap(self, items: int) -> None:
-        self._batch.append(f"({items} lines left out)")
-
-    def _write(self, batch: list[str]) -> None:
-        text = "".join([f"{line}\n" for line in batch])
+    def _write(self, items: list[str]) -> int:
+        text = "".join([f"{line}\n" for line in items])
         data = memoryview(text.encode(self._encoding, "backslashreplace"))
         try:
             while data:
@@ -1308,6 +1319,7 @@ class Terminal(Recorder[str]):
                     select.select([], [self._descriptor], [])
         except OSError:
             pass  # nobody reads it any more; the chat goes on
+        return len(items)
 
 
 # --- the database -------------------------------------------------------------------
@@ -1317,212 +1329,140 @@ class DatabaseError(OSError):
     """The file cannot be used; str() of it is what is wrong, and what to do."""
 
 
-class _Account(NamedTuple):
-    """What is kept of a password: its scrypt hash (RFC 7914), and what that took."""
-
-    salt: bytes
-    hash: bytes
-    n: int
-    r: int
-    p: int
-
-
-class _Change(NamedTuple):
-    """A change of an account that is to be written."""
-
-    name: str
-    account: _Account | None  # None: it is given up
-    written: threading.Event
-
-
-_Message = tuple[float, str, str]  # seconds since 1970, name, text
+_Message = tuple[None, float, str, str]  # its id to be, seconds since 1970, name, text
 _TABLES = {
     "messages": "id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT",
-    "accounts": "key TEXT PRIMARY KEY, name TEXT, salt BLOB, hash BLOB, "
-    "n INTEGER, r INTEGER, p INTEGER, since REAL",
+    "accounts": "key TEXT PRIMARY KEY, name TEXT, salt_and_hash BLOB, since REAL",
 }
 _SCHEMA = f"""
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS messages({_TABLES["messages"]});
     CREATE TABLE IF NOT EXISTS accounts({_TABLES["accounts"]});
-    PRAGMA user_version = {SCHEMA_VERSION};
     COMMIT;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
 """
 
 
-class Database(Recorder[_Message | _Change]):
+class Database(Recorder[tuple[str, tuple[object, ...]]]):
     """The recorder of an SQLite file with what is said to the room, and with accounts.
 
-    Nobody waits for the file: all that is read is in memory, and only the recorder
-    writes.
+    An item is a table and a row for it.  Nobody waits for the file: all that is read is
+    in memory, and only the recorder writes.
     """
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
         """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
-        self._path = os.path.realpath(path)
-        self._tell = tell
+        self._path = Path(path).resolve()
         try:
-            self._check_kind()
-            self._connection = self._connect(self._path)
-            self._lock_file = self._connect(f"{self._path}-lock", timeout=0)
-            self._take_lock()
-            self._connection.executescript(_SCHEMA)
-            rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
-            last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
-            rows = "SELECT key, salt, hash, n, r, p FROM accounts"
-            accounts = self._connection.execute(rows).fetchall()
-            self._file = self._stat()
+            self._open()
         except (sqlite3.Error, OSError) as error:
             reason = getattr(error, "strerror", None) or error
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                reason = "another server has it open, or a program has locked it"
             raise DatabaseError(
                 f"cannot use {path!r}: {reason} (choose another --database)"
             ) from None
-        # The first is guarded by the server's lock, as the order of messages is; in the
-        # second a member changes what belongs to its own name, which no one else can take.
-        self._last: deque[_Message] = deque(reversed(last), MAX_HISTORY_MESSAGES)
-        self._accounts: dict[str, _Account | None] = {
-            key: _Account(*fields) for key, *fields in accounts
-        }
         self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
         self._failing = False
-        self._give_up_at = FOREVER  # on writing what still waits
-        self.closing = threading.Event()  # no handler waits for it any longer
-        super().__init__()
+        self._expected = 0  # messages
+        super().__init__(tell, "({} messages left out of the database)")
 
-    @staticmethod
-    def _connect(path: str, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        return sqlite3.connect(
-            path, timeout=timeout, isolation_level=None, check_same_thread=False
-        )
+    def _open(self) -> None:
+        """Take the file for this process, and read it.
 
-    def _check_kind(self) -> None:
-        """Raise sqlite3.Error unless the file is new or a database of this chat.
-
-        Before any lock of ours, which a close of the file would release (fcntl(2)).
+        Raises OSError or sqlite3.Error; a file of another kind is untouched then.
         """
-        path = Path(self._path)
-        if not path.exists() or path.stat().st_size == 0:
-            return
-        # Read only: another program's file is not to be touched.
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
-            (version,) = file.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise sqlite3.Error("a later version of this program made it")
-            for table, expected in _TABLES.items():
-                columns = file.execute(f"PRAGMA table_info({table})").fetchall()
-                found = ", ".join([f"{name} {kind}" for _, name, kind, *_ in columns])
-                known = expected.replace(" PRIMARY KEY", "")
-                if found != known and (found or table == "messages"):
-                    raise sqlite3.Error("it is a database of another program")
+        self._connection = _connect(self._path)
+        if self._path.stat().st_size:
+            _check_kind(self._path)
+        self._lock_file = _connect(self._path.with_name(f"{self._path.name}-lock"))
+        self._lock_file.execute("BEGIN EXCLUSIVE")  # it ends with this process
+        self._connection.executescript(_SCHEMA)
+        most = self._connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
+        self._max_rows = min(MAX_ROWS, most // 4)
+        self._identity = self._identify()
+        # The first is guarded by the server's lock, as the order of messages is; in the
+        # second a member changes what belongs to its own name, which no one else can
+        # take: name_key() → salt and hash, or None.
+        rows = self._connection.execute(
+            "SELECT NULL, at, name, text FROM messages ORDER BY id DESC LIMIT ?",
+            (MAX_HISTORY_MESSAGES,),
+        )
+        last: list[_Message] = rows.fetchall()
+        self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
+        accounts = self._connection.execute("SELECT key, salt_and_hash FROM accounts")
+        self._accounts: dict[str, bytes | None] = dict(accounts.fetchall())
 
-    def _take_lock(self) -> None:
-        """Keep other servers from this file until this process ends."""
-        try:
-            self._lock_file.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
-            raise sqlite3.Error("another server has it open") from None
-
-    def _stat(self) -> tuple[int, int, bool]:
-        status = os.stat(self._path)
+    def _identify(self) -> tuple[int, int, bool]:
+        """Return what is another once the file is replaced, or emptied."""
+        status = self._path.stat()
         return status.st_dev, status.st_ino, status.st_size > 0
 
-    def close(self, seconds: float) -> int:
-        """Write all that was said, for so long at most, and close the file."""
-        self.closing.set()
-        self._give_up_at = time.monotonic() + seconds
-        unwritten = super().close(seconds + RETRY_SECONDS)
-        if unwritten:
-            self._tell_gap(unwritten)
-        else:
-            self._connection.close()
-        self._lock_file.close()
-        return unwritten
+    def _run(self) -> None:
+        with closing(self._lock_file), closing(self._connection):
+            super()._run()
 
     # --- what is said ---------------------------------------------------------------
+
+    def wait_for_room(self, messages: int) -> None:
+        """Let a flood wait while the file is behind but comes on; not if it hangs.
+
+        So many messages are to follow: until then their places are taken.
+        """
+        with self._changed:
+            half = MAX_UNWRITTEN // 2
+            self._wait(lambda: len(self._unwritten) + self._expected <= half)
+            self._expected += messages
 
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
-        messages = [(at, name, text) for text in texts]
+        messages = [(None, at, name, text) for text in texts]
         self._last += messages
-        self.put(messages)
-
-    def wait_for_room(self) -> None:
-        """Let a flood wait while the file is behind but comes on; not if it hangs."""
-        while self._unwritten > MAX_UNWRITTEN // 2:
-            if time.monotonic() - self._begun_at > HANGS_SECONDS:
-                break
-            if self.closing.wait(GATHER_SECONDS):
-                break
+        with self._changed:
+            self._expected -= len(messages)
+            self.put([("messages", message) for message in messages])
 
     def history(self, most: int) -> list[_Message]:
         """Return the last messages.  Caller holds the server's lock."""
-        return list(islice(self._last, max(0, len(self._last) - most), None))
+        return list(self._last)[-most:]
 
-    def _write(self, batch: list[_Message | _Change]) -> None:
-        """Write a batch in one transaction, tried again until the end."""
-        while True:
-            try:
-                self._commit(batch)
-                break
-            except (sqlite3.Error, OSError) as error:
-                if not self._failing:
-                    self._tell(f"Cannot write to the database for now: {error}")
-                self._failing = True
+    def _write(self, items: list[tuple[str, tuple[object, ...]]]) -> int:
+        """Write the rows up to the next one for another table.
+
+        In one statement, since the interpreter lock is taken back after each.
+        """
+        table = items[0][0]
+        some = takewhile(lambda item: item[0] == table, items[: self._max_rows])
+        rows = [row for _, row in some]
+        marks = ",".join(["(?,?,?,?)"] * len(rows))
+        try:
+            if self._identify() != self._identity:
+                raise OSError("the file has been replaced or emptied")
+            statement = f"REPLACE INTO {table} VALUES {marks}"
+            self._connection.execute(statement, list(chain.from_iterable(rows)))
+        except (sqlite3.Error, OSError) as error:
+            if not self._failing:
+                self._tell(f"Cannot write to the database for now: {error}")
+            self._failing = True
             time.sleep(RETRY_SECONDS)
-            if time.monotonic() >= self._give_up_at:
-                self._tell_gap(len(batch))
-                return
+            return 0
         if self._failing:
             self._tell("The database is written again.")
         self._failing = False
-        for item in batch:
-            if isinstance(item, _Change):
-                item.written.set()
-
-    def _commit(self, batch: list[_Message | _Change]) -> None:
-        """Insert messages, and change accounts, in one transaction.
-
-        Many rows a statement, since the interpreter lock is taken back after each.
-        Raises OSError or sqlite3.Error.
-        """
-        if self._stat() != self._file:
-            raise OSError("the file has been replaced or emptied")
-        rows = [item for item in batch if not isinstance(item, _Change)]
-        changes = [item for item in batch if isinstance(item, _Change)]
-        with self._connection as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            for first in range(0, len(rows), ROWS_PER_INSERT):
-                some = rows[first : first + ROWS_PER_INSERT]
-                marks = ",".join(["(?,?,?)"] * len(some))
-                insert = f"INSERT INTO messages(at, name, text) VALUES {marks}"
-                connection.execute(insert, list(chain.from_iterable(some)))
-            for name, account, _ in changes:
-                key = protocol.name_key(name)
-                connection.execute("DELETE FROM accounts WHERE key = ?", (key,))
-                if account:
-                    insert = "INSERT INTO accounts VALUES (?,?,?,?,?,?,?,?)"
-                    connection.execute(insert, (key, name, *account, time.time()))
-
-    def _tell_gap(self, items: int) -> None:
-        self._tell(f"({items} messages left out of the database)")
+        return len(rows)
 
     # --- accounts -------------------------------------------------------------------
 
-    def account(self, name: str) -> _Account | None:
-        """Return the account that keeps a name, if there is one."""
+    def account(self, name: str) -> bytes | None:
+        """Return the account that keeps a name, if there is one: salt and hash."""
         return self._accounts.get(protocol.name_key(name))
 
     def keep(self, owner: _Client, password: bytes) -> None:
         """Keep the name of a member for it."""
-        blank = _Account(secrets.token_bytes(SALT_BYTES), b"", **SCRYPT)
-        account = blank._replace(hash=self._hash(password, blank, owner))
-        self._change(owner.name, account)
+        salt = secrets.token_bytes(SALT_BYTES)
+        self._change(owner.name, self._hash(password, salt, owner))
 
     def give_up(self, name: str) -> None:
         """Keep a name no longer.  Raises ProtocolError if it was not kept."""
@@ -1530,35 +1470,62 @@ class Database(Recorder[_Message | _Change]):
             raise ProtocolError(f"The name {name} is not kept.")
         self._change(name, None)
 
-    def _change(self, name: str, account: _Account | None) -> None:
-        """Change an account; returns once that is in the file, unless the disk hangs."""
-        change = _Change(name, account, threading.Event())
-        if self._failing or not self.put([change]):
-            raise ProtocolError("The database cannot be written for now.")
-        self._accounts[protocol.name_key(name)] = account
-        change.written.wait(CHANGE_SECONDS)
+    def _change(self, name: str, account: bytes | None) -> None:
+        """Change an account; returns once that is in the file.
 
-    def is_password(self, account: _Account, password: bytes, client: _Client) -> bool:
+        Raises ProtocolError if it is in memory alone for now.
+        """
+        key = protocol.name_key(name)
+        self._accounts[key] = account
+        with self._changed:
+            queued = self.put([("accounts", (key, name, account, time.time()))])
+            goal = self._written + len(self._unwritten)
+            if not (queued and self._wait(lambda: self._written >= goal)):
+                raise ProtocolError("Done, but the database cannot be written for now.")
+
+    def is_password(self, account: bytes, password: bytes, client: _Client) -> bool:
         """Compare in constant time; the client is the one that gave it."""
-        computed = self._hash(password, account, client)
-        return secrets.compare_digest(account.hash, computed)
+        computed = self._hash(password, account[:SALT_BYTES], client)
+        return secrets.compare_digest(account, computed)
 
-    def _hash(self, password: bytes, account: _Account, client: _Client) -> bytes:
-        """Return a scrypt hash.  Raises ProtocolError if it is too late for the client."""
+    def _hash(self, password: bytes, salt: bytes, client: _Client) -> bytes:
+        """Return an account.  Raises ProtocolError if it is too late for the client."""
         while not self._hashing.acquire(timeout=RETRY_SECONDS / 2):
-            if self.closing.is_set() or client.dropped:
+            if self._stopped or client.dropped:
                 raise ProtocolError("There was no time for the password.")
         try:
-            return hashlib.scrypt(
-                password, salt=account.salt, n=account.n, r=account.r, p=account.p
-            )
+            return salt + hashlib.scrypt(password, salt=salt, **SCRYPT)
         finally:
             self._hashing.release()
 
 
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open a file that only its owner may read, and create it if need be."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    return sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
+        cached_statements=4,  # one of MAX_ROWS takes some 400 kB
+    )  # fmt: skip
+
+
+def _check_kind(path: Path) -> None:
+    """Raise sqlite3.Error unless the file is a database of this chat.
+
+    "immutable" has SQLite touch nothing, even if a program has died in the midst of a
+    change; ours has its tables from the start.
+    """
+    columns = "SELECT group_concat(name || ' ' || type, ', ') FROM pragma_table_info(?)"
+    with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file:
+        for table, expected in _TABLES.items():
+            (found,) = file.execute(columns, (table,)).fetchone()
+            known = expected.replace(" PRIMARY KEY", "")
+            if found != known and (found or table == "messages"):
+                raise sqlite3.Error("it is a database of another program")
+
+
 def _format_message(message: _Message) -> str:
     """Return a message of the past as a notice shows it."""
-    at, name, text = message
+    _, at, name, text = message
     return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
 
 
