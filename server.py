@@ -50,7 +50,7 @@ from contextlib import closing
 from functools import partial
 from itertools import chain, islice, repeat, takewhile
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import protocol
 from protocol import ProtocolError
@@ -114,7 +114,7 @@ LAST_LINES_SECONDS = 0.2  # and for the terminal
 GATHER_SECONDS = 0.005
 
 HISTORY_MESSAGES = 20  # that a newcomer gets
-MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
+MAX_HISTORY = 200  # that a member may ask for: they are in memory
 MAX_ROWS = 1000  # in one statement; older SQLite takes fewer
 BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
 RETRY_SECONDS = 0.1  # after a write to the database has failed
@@ -642,7 +642,7 @@ class ChatServer:
         number = rest.strip() or str(HISTORY_MESSAGES)
         if not number.isdecimal() or len(number) > 9 or not int(number):
             raise ProtocolError("Write it like this: /history 50.")
-        most = min(int(number), MAX_HISTORY_MESSAGES)
+        most = min(int(number), MAX_HISTORY)
         with self._lock:
             messages = self._database.history(most)
         texts = map(_format_message, messages)
@@ -1201,10 +1201,7 @@ def _format_address(address: tuple[str, int]) -> str:
 # --- the terminal -------------------------------------------------------------------
 
 
-Item = TypeVar("Item")
-
-
-class Recorder(Generic[Item]):
+class Recorder:
     """Writes to one output from a thread of its own, so that a slow one stops nothing.
 
     Items that are too many are left out and counted.  (logging's QueueListener would
@@ -1213,11 +1210,10 @@ class Recorder(Generic[Item]):
 
     def __init__(self, tell: Callable[[str], None], gap: str) -> None:
         """tell: shows a line on the terminal; gap: the one for {} items left out."""
-        self._tell = tell
-        self._gap = gap
+        self._tell, self._gap = tell, gap
         # Guards what changes below.  Not held while writing.
         self._changed = threading.Condition()
-        self._unwritten: list[Item] = []  # those being written included
+        self._unwritten: list[Any] = []  # those being written included
         self._written = 0  # items since the start
         self._left_out = 0
         self._hangs = False  # somebody has waited for it in vain: nobody else does
@@ -1227,11 +1223,11 @@ class Recorder(Generic[Item]):
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
-    def _write(self, items: list[Item]) -> int:
+    def _write(self, items: list[Any]) -> int:
         """Write the first ones of these, however long that takes; return how many."""
         raise NotImplementedError
 
-    def put(self, items: Sequence[Item]) -> bool:
+    def put(self, items: Sequence[Any]) -> bool:
         """Queue items, or leave all of them out and return False.  Never waits."""
         with self._changed:
             if len(self._unwritten) + len(items) > MAX_UNWRITTEN:
@@ -1291,16 +1287,14 @@ class Recorder(Generic[Item]):
                     self._tell_gap()
 
 
-class Terminal(Recorder[str]):
+class Terminal(Recorder):
     """The recorder of what the server's terminal shows."""
 
     def __init__(self, *, times: bool = False) -> None:
         """times: put date and time before each line."""
         self._time_format = "%Y-%m-%d %H:%M:%S " if times else ""
         # A stream that was closed before the start is None.
-        screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
-        self._descriptor = screen
-        self._encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
+        self._stream = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         super().__init__(self.tell, "({} lines left out)")
 
     def tell(self, lines: str) -> None:
@@ -1310,13 +1304,13 @@ class Terminal(Recorder[str]):
 
     def _write(self, items: list[str]) -> int:
         text = "".join([f"{line}\n" for line in items])
-        data = memoryview(text.encode(self._encoding, "backslashreplace"))
+        data = memoryview(text.encode(self._stream.encoding, "backslashreplace"))
         try:
             while data:
                 try:
-                    data = data[os.write(self._descriptor, data) :]
+                    data = data[os.write(self._stream.fileno(), data) :]
                 except BlockingIOError:  # some terminals are shared, and do not block
-                    select.select([], [self._descriptor], [])
+                    select.select([], [self._stream], [])
         except OSError:
             pass  # nobody reads it any more; the chat goes on
         return len(items)
@@ -1325,74 +1319,56 @@ class Terminal(Recorder[str]):
 # --- the database -------------------------------------------------------------------
 
 
-class DatabaseError(OSError):
-    """The file cannot be used; str() of it is what is wrong, and what to do."""
-
-
 _Message = tuple[None, float, str, str]  # its id to be, seconds since 1970, name, text
-_TABLES = {
-    "messages": "id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT",
-    "accounts": "key TEXT PRIMARY KEY, name TEXT, salt_and_hash BLOB, since REAL",
-}
-_SCHEMA = f"""
+_SCHEMA = """
     BEGIN IMMEDIATE;
-    CREATE TABLE IF NOT EXISTS messages({_TABLES["messages"]});
-    CREATE TABLE IF NOT EXISTS accounts({_TABLES["accounts"]});
+    CREATE TABLE IF NOT EXISTS messages(
+        id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT);
+    CREATE TABLE IF NOT EXISTS accounts(
+        key TEXT PRIMARY KEY, name TEXT, salt_and_hash BLOB, since REAL);
     COMMIT;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
 """
+_COLUMNS = "id INTEGER, at REAL, name TEXT, text TEXT"  # of messages
+_READ_COLUMNS = """
+    SELECT group_concat(name || ' ' || type, ', ') FROM pragma_table_info('messages')
+"""
+_READ_MESSAGES = "SELECT NULL, at, name, text FROM messages ORDER BY id DESC LIMIT ?"
+_READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
 
 
-class Database(Recorder[tuple[str, tuple[object, ...]]]):
+class Database(Recorder):
     """The recorder of an SQLite file with what is said to the room, and with accounts.
 
-    An item is a table and a row for it.  Nobody waits for the file: all that is read is
-    in memory, and only the recorder writes.
+    An item is the name of a table and a row.  Nobody waits for the file: all that is
+    read is in memory, and only the recorder writes.
     """
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
-        """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
-        self._path = Path(path).resolve()
-        try:
-            self._open()
-        except (sqlite3.Error, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
-                reason = "another server has it open, or a program has locked it"
-            raise DatabaseError(
-                f"cannot use {path!r}: {reason} (choose another --database)"
-            ) from None
-        self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
-        self._failing = False
-        self._expected = 0  # messages
-        super().__init__(tell, "({} messages left out of the database)")
+        """Open the file, or create it.
 
-    def _open(self) -> None:
-        """Take the file for this process, and read it.
-
-        Raises OSError or sqlite3.Error; a file of another kind is untouched then.
+        Raises OSError or sqlite3.Error; what is no such file is untouched then.
         """
-        self._connection = _connect(self._path)
+        self._path = Path(path).resolve()
+        file = self._file = _connect(self._path)
         if self._path.stat().st_size:
             _check_kind(self._path)
         self._lock_file = _connect(self._path.with_name(f"{self._path.name}-lock"))
-        self._lock_file.execute("BEGIN EXCLUSIVE")  # it ends with this process
-        self._connection.executescript(_SCHEMA)
-        most = self._connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
-        self._max_rows = min(MAX_ROWS, most // 4)
+        self._lock_file.execute("BEGIN EXCLUSIVE")  # until the end of this process
+        file.executescript(_SCHEMA)
         self._identity = self._identify()
-        # The first is guarded by the server's lock, as the order of messages is; in the
-        # second a member changes what belongs to its own name, which no one else can
-        # take: name_key() → salt and hash, or None.
-        rows = self._connection.execute(
-            "SELECT NULL, at, name, text FROM messages ORDER BY id DESC LIMIT ?",
-            (MAX_HISTORY_MESSAGES,),
-        )
-        last: list[_Message] = rows.fetchall()
-        self._last = deque(reversed(last), MAX_HISTORY_MESSAGES)
-        accounts = self._connection.execute("SELECT key, salt_and_hash FROM accounts")
-        self._accounts: dict[str, bytes | None] = dict(accounts.fetchall())
+        most = file.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
+        self._max_rows = min(MAX_ROWS, most // 4)
+        # The server's lock guards it, as it does the order of messages.
+        last: list[_Message] = file.execute(_READ_MESSAGES, [MAX_HISTORY]).fetchall()
+        self._last = deque(reversed(last), MAX_HISTORY)
+        # By name_key(): salt and hash, or None.  A member changes that of its own name.
+        self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
+        self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
+        self._failing = False
+        self._expected = 0  # messages that have a place among the unwritten ones
+        super().__init__(tell, "({} messages left out of the database)")
 
     def _identify(self) -> tuple[int, int, bool]:
         """Return what is another once the file is replaced, or emptied."""
@@ -1400,7 +1376,7 @@ class Database(Recorder[tuple[str, tuple[object, ...]]]):
         return status.st_dev, status.st_ino, status.st_size > 0
 
     def _run(self) -> None:
-        with closing(self._lock_file), closing(self._connection):
+        with closing(self._lock_file), closing(self._file):
             super()._run()
 
     # --- what is said ---------------------------------------------------------------
@@ -1428,7 +1404,7 @@ class Database(Recorder[tuple[str, tuple[object, ...]]]):
         """Return the last messages.  Caller holds the server's lock."""
         return list(self._last)[-most:]
 
-    def _write(self, items: list[tuple[str, tuple[object, ...]]]) -> int:
+    def _write(self, items: list[Any]) -> int:
         """Write the rows up to the next one for another table.
 
         In one statement, since the interpreter lock is taken back after each.
@@ -1441,7 +1417,7 @@ class Database(Recorder[tuple[str, tuple[object, ...]]]):
             if self._identify() != self._identity:
                 raise OSError("the file has been replaced or emptied")
             statement = f"REPLACE INTO {table} VALUES {marks}"
-            self._connection.execute(statement, list(chain.from_iterable(rows)))
+            self._file.execute(statement, list(chain.from_iterable(rows)))
         except (sqlite3.Error, OSError) as error:
             if not self._failing:
                 self._tell(f"Cannot write to the database for now: {error}")
@@ -1514,13 +1490,9 @@ def _check_kind(path: Path) -> None:
     "immutable" has SQLite touch nothing, even if a program has died in the midst of a
     change; ours has its tables from the start.
     """
-    columns = "SELECT group_concat(name || ' ' || type, ', ') FROM pragma_table_info(?)"
     with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file:
-        for table, expected in _TABLES.items():
-            (found,) = file.execute(columns, (table,)).fetchone()
-            known = expected.replace(" PRIMARY KEY", "")
-            if found != known and (found or table == "messages"):
-                raise sqlite3.Error("it is a database of another program")
+        if file.execute(_READ_COLUMNS).fetchone() != (_COLUMNS,):
+            raise sqlite3.Error("it is a database of another program")
 
 
 def _format_message(message: _Message) -> str:
@@ -1613,17 +1585,18 @@ _ADVICE = {
 }
 
 
-def _explain(error: OSError | UnicodeError, host: str, port: int) -> str:
-    """Return why the server does not start, and what to do about that."""
-    where = f"cannot listen on {protocol.clean(host)!r}, port {port}"
-    if isinstance(error, DatabaseError):
-        return str(error)
-    if isinstance(error, UnicodeError):  # it cannot even be looked up
-        return f"{where}: that is no host name (give --host a name or an address)"
-    if isinstance(error, socket.gaierror):
-        return f"{where}: {error.strerror} (give --host another name or address)"
-    code = error.errno or 0
-    return f"{where}: {os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
+def _explain(error: Exception, options: argparse.Namespace, in_database: bool) -> str:
+    """Return what cannot be done at the start, why, and what to do about that."""
+    what = f"listen on {protocol.clean(options.host)!r}, port {options.port}"
+    advice = _ADVICE.get(getattr(error, "errno", 0), "try another --host")
+    reason = getattr(error, "strerror", None) or str(error)
+    if in_database:
+        what, advice = f"use {options.database!r}", "choose another --database"
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+        reason = "another server has it open, or a program has locked it"
+    if isinstance(error, UnicodeError):
+        reason = "that is no host name"
+    return f"cannot {what}: {reason.partition(' (')[0]} ({advice})"
 
 
 def main() -> int:
@@ -1641,8 +1614,9 @@ def main() -> int:
             lines_per_second=options.rate, tell_messages=not options.quiet,
             tell=terminal.tell, database=database,
         )  # fmt: skip
-    except (OSError, UnicodeError) as error:
-        reason = _explain(error, options.host, options.port)
+    except (OSError, UnicodeError, sqlite3.Error) as error:
+        in_database = options.database is not None and not database
+        reason = _explain(error, options, in_database)
         print(f"server.py: {reason}", file=sys.stderr)
         return 1
     bugs = _stop_on_bugs(server)

@@ -296,7 +296,7 @@ left-out-not-counted: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - self._left_out += len(items)
 + pass
 recorder-unbounded: test_up_to_ten_thousand_lines_wait_for_the_terminal
-- if self._unwritten + len(items) > MAX_UNWRITTEN:
+- if len(self._unwritten) + len(items) > MAX_UNWRITTEN:
 + if False:
 recorder-one-less: test_up_to_ten_thousand_lines_wait_for_the_terminal
 - + len(items) > MAX_UNWRITTEN:
