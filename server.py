@@ -48,7 +48,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import chain, islice, repeat, takewhile
+from itertools import chain, groupby, islice, repeat, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +115,8 @@ GATHER_SECONDS = 0.005
 
 HISTORY_MESSAGES = 20  # that a newcomer gets
 MAX_HISTORY = 200  # that a member may ask for: they are in memory
-MAX_ROWS = 1000  # in one statement; older SQLite takes fewer
+# In one statement, of four values.
+MAX_ROWS = 1000 if sqlite3.sqlite_version_info >= (3, 32) else 249
 BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
 RETRY_SECONDS = 0.1  # after a write to the database has failed
 HANGS_SECONDS = 1.0  # without anything written: the disk hangs, and nobody waits
@@ -495,8 +496,7 @@ class ChatServer:
                 raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
             if self._database:
-                messages = self._database.history(HISTORY_MESSAGES)
-                welcome += map(_format_message, messages)
+                welcome += self._database.history(HISTORY_MESSAGES)
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
@@ -645,8 +645,7 @@ class ChatServer:
         most = min(int(number), MAX_HISTORY)
         with self._lock:
             messages = self._database.history(most)
-        texts = map(_format_message, messages)
-        self._answer(client, texts if messages else ["Nothing has been said yet."])
+        self._answer(client, messages or ["Nothing has been said yet."])
 
     def _register(self, client: _Client, _: str) -> None:
         client.answer = partial(self._keep_name, client)
@@ -655,12 +654,14 @@ class ChatServer:
 
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
-        self._database.keep(client, protocol.check_password(line))
+        self._database.change(client, protocol.check_password(line))
         self._answer(client, [f"The name {client.name} is now kept for you."])
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
-        self._database.give_up(client.name)
+        if not self._database.account(client.name):
+            raise ProtocolError(f"The name {client.name} is not kept.")
+        self._database.change(client, None)
         self._answer(client, [f"The name {client.name} is no longer kept."])
 
     def remove_client(self, client_socket: socket.socket) -> None:
@@ -1319,7 +1320,6 @@ class Terminal(Recorder):
 # --- the database -------------------------------------------------------------------
 
 
-_Message = tuple[None, float, str, str]  # its id to be, seconds since 1970, name, text
 _SCHEMA = """
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS messages(
@@ -1330,11 +1330,10 @@ _SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
 """
-_COLUMNS = "id INTEGER, at REAL, name TEXT, text TEXT"  # of messages
-_READ_COLUMNS = """
-    SELECT group_concat(name || ' ' || type, ', ') FROM pragma_table_info('messages')
-"""
-_READ_MESSAGES = "SELECT NULL, at, name, text FROM messages ORDER BY id DESC LIMIT ?"
+# Of messages.
+_COLUMNS = [("id", "INTEGER"), ("at", "REAL"), ("name", "TEXT"), ("text", "TEXT")]
+_READ_COLUMNS = "SELECT name, type FROM pragma_table_info('messages')"
+_READ_MESSAGES = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
 _READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
 
 
@@ -1357,12 +1356,11 @@ class Database(Recorder):
         self._lock_file = _connect(self._path.with_name(f"{self._path.name}-lock"))
         self._lock_file.execute("BEGIN EXCLUSIVE")  # until the end of this process
         file.executescript(_SCHEMA)
-        self._identity = self._identify()
-        most = file.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
-        self._max_rows = min(MAX_ROWS, most // 4)
+        self._status = self._path.stat()
         # The server's lock guards it, as it does the order of messages.
-        last: list[_Message] = file.execute(_READ_MESSAGES, [MAX_HISTORY]).fetchall()
-        self._last = deque(reversed(last), MAX_HISTORY)
+        self._last: deque[str] = deque(maxlen=MAX_HISTORY)  # as notices show them
+        for at, name, text in file.execute(_READ_MESSAGES, [MAX_HISTORY]):
+            self._last.appendleft(_author(at, name) + text)
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
         self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
@@ -1370,16 +1368,9 @@ class Database(Recorder):
         self._expected = 0  # messages that have a place among the unwritten ones
         super().__init__(tell, "({} messages left out of the database)")
 
-    def _identify(self) -> tuple[int, int, bool]:
-        """Return what is another once the file is replaced, or emptied."""
-        status = self._path.stat()
-        return status.st_dev, status.st_ino, status.st_size > 0
-
     def _run(self) -> None:
         with closing(self._lock_file), closing(self._file):
             super()._run()
-
-    # --- what is said ---------------------------------------------------------------
 
     def wait_for_room(self, messages: int) -> None:
         """Let a flood wait while the file is behind but comes on; not if it hangs.
@@ -1394,14 +1385,17 @@ class Database(Recorder):
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
-        messages = [(None, at, name, text) for text in texts]
-        self._last += messages
+        author = _author(at, name)
+        self._last += [author + text for text in texts]
         with self._changed:
-            self._expected -= len(messages)
-            self.put([("messages", message) for message in messages])
+            self._expected -= len(texts)
+            self.put([("messages", (None, at, name, text)) for text in texts])
 
-    def history(self, most: int) -> list[_Message]:
-        """Return the last messages.  Caller holds the server's lock."""
+    def history(self, most: int) -> list[str]:
+        """Return the last messages as notices show them.
+
+        Caller holds the server's lock.
+        """
         return list(self._last)[-most:]
 
     def _write(self, items: list[Any]) -> int:
@@ -1409,12 +1403,12 @@ class Database(Recorder):
 
         In one statement, since the interpreter lock is taken back after each.
         """
-        table = items[0][0]
-        some = takewhile(lambda item: item[0] == table, items[: self._max_rows])
+        table, some = next(groupby(items[:MAX_ROWS], lambda item: item[0]))
         rows = [row for _, row in some]
         marks = ",".join(["(?,?,?,?)"] * len(rows))
         try:
-            if self._identify() != self._identity:
+            status = self._path.stat()
+            if not (os.path.samestat(status, self._status) and status.st_size):
                 raise OSError("the file has been replaced or emptied")
             statement = f"REPLACE INTO {table} VALUES {marks}"
             self._file.execute(statement, list(chain.from_iterable(rows)))
@@ -1429,32 +1423,22 @@ class Database(Recorder):
         self._failing = False
         return len(rows)
 
-    # --- accounts -------------------------------------------------------------------
-
     def account(self, name: str) -> bytes | None:
         """Return the account that keeps a name, if there is one: salt and hash."""
         return self._accounts.get(protocol.name_key(name))
 
-    def keep(self, owner: _Client, password: bytes) -> None:
-        """Keep the name of a member for it."""
-        salt = secrets.token_bytes(SALT_BYTES)
-        self._change(owner.name, self._hash(password, salt, owner))
+    def change(self, owner: _Client, password: bytes | None) -> None:
+        """Keep the name of a member for it from now on, or no longer.
 
-    def give_up(self, name: str) -> None:
-        """Keep a name no longer.  Raises ProtocolError if it was not kept."""
-        if not self.account(name):
-            raise ProtocolError(f"The name {name} is not kept.")
-        self._change(name, None)
-
-    def _change(self, name: str, account: bytes | None) -> None:
-        """Change an account; returns once that is in the file.
-
-        Raises ProtocolError if it is in memory alone for now.
+        Returns once that is in the file; raises ProtocolError if it is not for now.
         """
-        key = protocol.name_key(name)
+        account = None
+        if password is not None:
+            account = self._hash(password, secrets.token_bytes(SALT_BYTES), owner)
+        key = protocol.name_key(owner.name)
         self._accounts[key] = account
         with self._changed:
-            queued = self.put([("accounts", (key, name, account, time.time()))])
+            queued = self.put([("accounts", (key, owner.name, account, time.time()))])
             goal = self._written + len(self._unwritten)
             if not (queued and self._wait(lambda: self._written >= goal)):
                 raise ProtocolError("Done, but the database cannot be written for now.")
@@ -1491,14 +1475,14 @@ def _check_kind(path: Path) -> None:
     change; ours has its tables from the start.
     """
     with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file:
-        if file.execute(_READ_COLUMNS).fetchone() != (_COLUMNS,):
+        columns = file.execute(_READ_COLUMNS).fetchall()
+        if columns != _COLUMNS:
             raise sqlite3.Error("it is a database of another program")
 
 
-def _format_message(message: _Message) -> str:
-    """Return a message of the past as a notice shows it."""
-    _, at, name, text = message
-    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
+def _author(at: float, name: str) -> str:
+    """Return what stands before a message of the past: its time, and who said it."""
+    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: "
 
 
 # --- the program --------------------------------------------------------------------
