@@ -1471,12 +1471,12 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _check_kind(path: Path) -> None:
     """Raise sqlite3.Error unless the file is a database of this chat.
 
-    "immutable" has SQLite touch nothing, even if a program has died in the midst of a
-    change; ours has its tables from the start.
+    Touches nothing, also if a program has died in the midst of a change: a log (-wal)
+    can be read and left alone, a journal can only be passed over.
     """
-    with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as file:
-        columns = file.execute(_READ_COLUMNS).fetchall()
-        if columns != _COLUMNS:
+    how = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
+    with closing(sqlite3.connect(f"{path.as_uri()}?{how}", uri=True)) as file:
+        if file.execute(_READ_COLUMNS).fetchall() != _COLUMNS:
             raise sqlite3.Error("it is a database of another program")
 
 

@@ -619,16 +619,6 @@ def test_a_kill_in_a_flood_costs_the_end_of_it_at_most_and_leaves_the_file_free(
     assert history(carol) == there[-20:]
 
 
-# --- files that are refused ---------------------------------------------------------
-
-
-KINDS = {
-    "of another program": "CREATE TABLE sheep(name)",
-    "with other columns": "CREATE TABLE messages(id, sheep)",
-    "of a later version": "CREATE TABLE messages(id, at, name, text);"
-    "PRAGMA user_version = 2",
-    "with a log": "PRAGMA journal_mode = WAL; CREATE TABLE sheep(name)",
-}
 _MAKE_AND_CRASH = """
 import os, sqlite3, sys
 connection = sqlite3.connect(sys.argv[1])
@@ -637,17 +627,64 @@ os.abort()
 """
 
 
+def make_and_crash(path: Path, script: str) -> None:
+    """Make a database as a program does that dies then."""
+    command = [sys.executable, "-c", _MAKE_AND_CRASH, str(path), script]
+    subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+
+
+MESSAGES = (
+    "CREATE TABLE messages(id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT)"
+)
+CHANGES = {
+    "written to a log": f"PRAGMA journal_mode = WAL; {MESSAGES};"
+    "INSERT INTO messages VALUES (NULL, 0.0, 'Ann', 'hi')",
+    "to be rolled back": f"{MESSAGES}; INSERT INTO messages VALUES (NULL, 0.0, 'Ann', 'hi');"
+    "PRAGMA cache_size = 1; BEGIN; INSERT INTO messages WITH RECURSIVE n(i) AS"
+    "(VALUES (2) UNION ALL SELECT i + 1 FROM n LIMIT 9999) SELECT i, i, i, i FROM n",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_whose_program_died_in_the_midst_of_a_change_opens(
+    start: StartFileRoom, path: Path, change: str
+) -> None:
+    make_and_crash(path, CHANGES[change])
+    beside = "chat.db-wal" if "log" in change else "chat.db-journal"
+    assert path.with_name(beside).stat().st_size > 0
+
+    bob = start().member("Bob")
+
+    assert bob.line().endswith("] Ann: hi")
+    assert len(history(bob)) == 1
+
+
+# --- files that are refused ---------------------------------------------------------
+
+
+KINDS = {
+    "of another program": "CREATE TABLE sheep(name)",
+    "with other columns": "CREATE TABLE messages(id, sheep)",
+    "with columns of other types": "CREATE TABLE messages(id, at, name, text)",
+    "with a journal": "PRAGMA cache_size = 1; CREATE TABLE sheep(name); BEGIN;"
+    "INSERT INTO sheep WITH RECURSIVE n(i) AS"
+    "(VALUES (2) UNION ALL SELECT i + 1 FROM n LIMIT 9999) SELECT i FROM n",
+    "with a log": "PRAGMA journal_mode = WAL; CREATE TABLE sheep(name)",
+}
+
+
 def test_what_is_no_file_of_this_chat_is_refused_untouched(tmp_path: Path) -> None:
     paths = [tmp_path / kind / "chat.db" for kind in ("no database", *KINDS)]
     for path in paths:
         path.parent.mkdir()
         if script := KINDS.get(path.parent.name):
-            command = [sys.executable, "-c", _MAKE_AND_CRASH, str(path), script]
-            subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+            make_and_crash(path, script)
         else:
             path.write_text("Dear diary\n" * 1000)
-    assert paths[-1].with_name("chat.db-wal").stat().st_size > 0
+    for path, kind in zip(paths[-2:], ("journal", "wal"), strict=True):
+        assert path.with_name(f"chat.db-{kind}").stat().st_size > 0
     before = [files_of(path.parent) for path in paths]
+    changed_at = [path.stat().st_mtime_ns for path in paths]
 
     *_, missing = refusals(*paths, tmp_path, "", tmp_path / "no" / "chat.db")
 
@@ -658,6 +695,7 @@ def test_what_is_no_file_of_this_chat_is_refused_untouched(tmp_path: Path) -> No
         for each in (files, after):
             each.pop("chat.db-shm", None)  # how its readers know of one another
         assert after == files
+    assert [path.stat().st_mtime_ns for path in paths] == changed_at
 
 
 def refusals(*paths: Path | str) -> list[str]:
