@@ -46,7 +46,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from itertools import chain, groupby, islice, repeat, takewhile
 from pathlib import Path
@@ -117,7 +117,7 @@ HISTORY_MESSAGES = 20  # that a newcomer gets
 MAX_HISTORY = 200  # that a member may ask for: they are in memory
 # In one statement, of four values.
 MAX_ROWS = 1000 if sqlite3.sqlite_version_info >= (3, 32) else 249
-BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
+BUSY_SECONDS = 1.0  # that another program may keep the database locked
 RETRY_SECONDS = 0.1  # after a write to the database has failed
 HANGS_SECONDS = 1.0  # without anything written: the disk hangs, and nobody waits
 SALT_BYTES = 16
@@ -1217,7 +1217,6 @@ class Recorder:
         self._unwritten: list[Any] = []  # those being written included
         self._written = 0  # items since the start
         self._left_out = 0
-        self._hangs = False  # somebody has waited for it in vain: nobody else does
         self._stopped = False
         # A daemon, since nothing can wake a write that is stuck; it holds no lock then
         # that the interpreter's exit needs.
@@ -1238,15 +1237,6 @@ class Recorder:
                 self._changed.notify_all()
             self._unwritten += items
             return True
-
-    def _wait(self, fact: Callable[[], bool]) -> bool:
-        """Wait for a fact; False if nothing is written for a while, or after stop().
-
-        Caller holds _changed.
-        """
-        while not fact() and not (self._hangs or self._stopped):
-            self._hangs = not self._changed.wait(HANGS_SECONDS)
-        return fact()
 
     def stop(self) -> None:
         """Have nobody wait any longer, and the thread end once all is written."""
@@ -1283,7 +1273,6 @@ class Recorder:
                 del self._unwritten[:written]
                 self._written += written
                 if written:
-                    self._hangs = False
                     self._changed.notify_all()
                     self._tell_gap()
 
@@ -1306,14 +1295,12 @@ class Terminal(Recorder):
     def _write(self, items: list[str]) -> int:
         text = "".join([f"{line}\n" for line in items])
         data = memoryview(text.encode(self._stream.encoding, "backslashreplace"))
-        try:
+        with suppress(OSError):  # nobody reads it any more; the chat goes on
             while data:
                 try:
                     data = data[os.write(self._stream.fileno(), data) :]
                 except BlockingIOError:  # some terminals are shared, and do not block
                     select.select([], [self._stream], [])
-        except OSError:
-            pass  # nobody reads it any more; the chat goes on
         return len(items)
 
 
@@ -1350,10 +1337,10 @@ class Database(Recorder):
         Raises OSError or sqlite3.Error; what is no such file is untouched then.
         """
         self._path = Path(path).resolve()
-        file = self._file = _connect(self._path)
+        file = self._file = _connect(self._path, BUSY_SECONDS)
         if self._path.stat().st_size:
             _check_kind(self._path)
-        self._lock_file = _connect(self._path.with_name(f"{self._path.name}-lock"))
+        self._lock_file = _connect(Path(f"{self._path}-lock"), 0)
         self._lock_file.execute("BEGIN EXCLUSIVE")  # until the end of this process
         file.executescript(_SCHEMA)
         self._status = self._path.stat()
@@ -1364,13 +1351,24 @@ class Database(Recorder):
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
         self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
-        self._failing = False
-        self._expected = 0  # messages that have a place among the unwritten ones
+        self._failing = False  # nobody waits for it then
+        self._due = 0  # messages on their way to remember()
         super().__init__(tell, "({} messages left out of the database)")
 
     def _run(self) -> None:
         with closing(self._lock_file), closing(self._file):
             super()._run()
+
+    def _wait(self, fact: Callable[[], bool]) -> bool:
+        """Wait for a fact; False if the file cannot be written, or after stop().
+
+        Caller holds _changed.
+        """
+        while not fact() and not (self._failing or self._stopped):
+            is_written = self._changed.wait(HANGS_SECONDS)
+            if self._unwritten and not is_written:
+                self._fail("it takes too long")
+        return fact()
 
     def wait_for_room(self, messages: int) -> None:
         """Let a flood wait while the file is behind but comes on; not if it hangs.
@@ -1378,9 +1376,8 @@ class Database(Recorder):
         So many messages are to follow: until then their places are taken.
         """
         with self._changed:
-            half = MAX_UNWRITTEN // 2
-            self._wait(lambda: len(self._unwritten) + self._expected <= half)
-            self._expected += messages
+            self._wait(lambda: len(self._unwritten) + self._due <= MAX_UNWRITTEN // 2)
+            self._due += messages
 
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
@@ -1388,7 +1385,7 @@ class Database(Recorder):
         author = _author(at, name)
         self._last += [author + text for text in texts]
         with self._changed:
-            self._expected -= len(texts)
+            self._due -= len(texts)
             self.put([("messages", (None, at, name, text)) for text in texts])
 
     def history(self, most: int) -> list[str]:
@@ -1413,15 +1410,18 @@ class Database(Recorder):
             statement = f"REPLACE INTO {table} VALUES {marks}"
             self._file.execute(statement, list(chain.from_iterable(rows)))
         except (sqlite3.Error, OSError) as error:
-            if not self._failing:
-                self._tell(f"Cannot write to the database for now: {error}")
-            self._failing = True
+            self._fail(error)
             time.sleep(RETRY_SECONDS)
             return 0
         if self._failing:
             self._tell("The database is written again.")
         self._failing = False
         return len(rows)
+
+    def _fail(self, reason: object) -> None:
+        if not self._failing:
+            self._tell(f"Cannot write to the database for now: {reason}")
+        self._failing = True
 
     def account(self, name: str) -> bytes | None:
         """Return the account that keeps a name, if there is one: salt and hash."""
@@ -1459,11 +1459,11 @@ class Database(Recorder):
             self._hashing.release()
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     """Open a file that only its owner may read, and create it if need be."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     return sqlite3.connect(
-        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
+        path, timeout=busy_seconds, isolation_level=None, check_same_thread=False,
         cached_statements=4,  # one of MAX_ROWS takes some 400 kB
     )  # fmt: skip
 
@@ -1526,10 +1526,9 @@ def _raise_open_file_limit(clients: int) -> None:
     needed = clients + SPARE_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < needed:
         allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        try:
+        # macOS has a limit of its own below "unlimited".
+        with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        except (OSError, ValueError):
-            pass  # macOS has a limit of its own below "unlimited"
 
 
 def _stop_on_signals(server: ChatServer) -> None:
@@ -1600,8 +1599,7 @@ def main() -> int:
         )  # fmt: skip
     except (OSError, UnicodeError, sqlite3.Error) as error:
         in_database = options.database is not None and not database
-        reason = _explain(error, options, in_database)
-        print(f"server.py: {reason}", file=sys.stderr)
+        print(f"server.py: {_explain(error, options, in_database)}", file=sys.stderr)
         return 1
     bugs = _stop_on_bugs(server)
     _stop_on_signals(server)

@@ -434,7 +434,11 @@ def test_of_two_with_the_right_password_one_joins(room: FileRoom) -> None:
     assert intruder.line().startswith("! ")
 
 
-def test_scrypt_with_a_salt_each_is_kept(start: StartFileRoom, path: Path) -> None:
+def test_scrypt_with_a_salt_each_is_kept(
+    start: StartFileRoom, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the file as soon as the owner is told so."""
+    monkeypatch.setattr(server, "GATHER_SECONDS", 0.1)  # instead of 0.005
     room = start()
 
     for name in ("Alex", "Bob"):
@@ -585,6 +589,31 @@ def test_so_many_messages_wait_for_the_file_and_what_is_not_kept_is_counted(
     counts = re.findall(r"\((\d+) messages left out of", "\n".join(room.told))
     assert sum(map(int, counts)) == left_out
     assert len(kept(path if path.exists() else elsewhere)) == messages - left_out
+
+
+def test_a_file_that_hangs_is_told_and_not_waited_for(
+    start: StartFileRoom, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_UNWRITTEN", 20)  # instead of 10,000
+    monkeypatch.setattr(server, "HANGS_SECONDS", 0.02)  # instead of 1
+    monkeypatch.setattr(server, "BUSY_SECONDS", 9 * HANG_SECONDS)  # instead of 1
+    room = start(tell_messages=False)
+    alex, bob = room.members("Alex", "Bob")
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(15):
+            assert_next(alex, bob)
+        alex.say("/register")
+        alex.gather(lambda line: line.startswith("? "))
+        alex.say(PASSWORD)
+        assert alex.line().startswith("! ")
+        room.await_told("Cannot write to the database for now: ")
+
+    room.await_told("The database is written again.")
+    room.stop()
+    assert len(kept(path)) == 15
+    assert query(path, "SELECT name FROM accounts") == [("Alex",)]
 
 
 def test_a_kill_in_a_flood_costs_the_end_of_it_at_most_and_leaves_the_file_free(
