@@ -1215,7 +1215,6 @@ class Recorder:
         # Guards what changes below.  Not held while writing.
         self._changed = threading.Condition()
         self._unwritten: list[Any] = []  # those being written included
-        self._written = 0  # items since the start
         self._left_out = 0
         self._stopped = False
         # A daemon, since nothing can wake a write that is stuck; it holds no lock then
@@ -1271,7 +1270,6 @@ class Recorder:
             written = self._write(items)
             with self._changed:
                 del self._unwritten[:written]
-                self._written += written
                 if written:
                     self._changed.notify_all()
                     self._tell_gap()
@@ -1360,15 +1358,13 @@ class Database(Recorder):
             super()._run()
 
     def _wait(self, fact: Callable[[], bool]) -> bool:
-        """Wait for a fact; False if the file cannot be written, or after stop().
-
-        Caller holds _changed.
-        """
-        while not fact() and not (self._failing or self._stopped):
-            is_written = self._changed.wait(HANGS_SECONDS)
-            if self._unwritten and not is_written:
-                self._fail("it takes too long")
-        return fact()
+        """Wait for a fact; False if the file cannot be written, or after stop()."""
+        with self._changed:
+            while not fact() and not (self._failing or self._stopped):
+                is_written = self._changed.wait(HANGS_SECONDS)
+                if self._unwritten and not is_written:
+                    self._fail("it takes too long")
+            return fact()
 
     def wait_for_room(self, messages: int) -> None:
         """Let a flood wait while the file is behind but comes on; not if it hangs.
@@ -1437,11 +1433,9 @@ class Database(Recorder):
             account = self._hash(password, secrets.token_bytes(SALT_BYTES), owner)
         key = protocol.name_key(owner.name)
         self._accounts[key] = account
-        with self._changed:
-            queued = self.put([("accounts", (key, owner.name, account, time.time()))])
-            goal = self._written + len(self._unwritten)
-            if not (queued and self._wait(lambda: self._written >= goal)):
-                raise ProtocolError("Done, but the database cannot be written for now.")
+        item = "accounts", (key, owner.name, account, time.time())
+        if not (self.put([item]) and self._wait(lambda: item not in self._unwritten)):
+            raise ProtocolError("Done, but the database cannot be written for now.")
 
     def is_password(self, account: bytes, password: bytes, client: _Client) -> bool:
         """Compare in constant time; the client is the one that gave it."""
@@ -1568,12 +1562,12 @@ _ADVICE = {
 }
 
 
-def _explain(error: Exception, options: argparse.Namespace, in_database: bool) -> str:
+def _explain(error: Exception, options: argparse.Namespace, database: object) -> str:
     """Return what cannot be done at the start, why, and what to do about that."""
     what = f"listen on {protocol.clean(options.host)!r}, port {options.port}"
     advice = _ADVICE.get(getattr(error, "errno", 0), "try another --host")
     reason = getattr(error, "strerror", None) or str(error)
-    if in_database:
+    if options.database is not None and not database:
         what, advice = f"use {options.database!r}", "choose another --database"
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         reason = "another server has it open, or a program has locked it"
@@ -1598,8 +1592,7 @@ def main() -> int:
             tell=terminal.tell, database=database,
         )  # fmt: skip
     except (OSError, UnicodeError, sqlite3.Error) as error:
-        in_database = options.database is not None and not database
-        print(f"server.py: {_explain(error, options, in_database)}", file=sys.stderr)
+        print(f"server.py: {_explain(error, options, database)}", file=sys.stderr)
         return 1
     bugs = _stop_on_bugs(server)
     _stop_on_signals(server)
