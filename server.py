@@ -115,7 +115,7 @@ GATHER_SECONDS = 0.005
 
 HISTORY_MESSAGES = 20  # that a newcomer gets
 MAX_HISTORY = 200  # that a member may ask for: they are in memory
-# In one statement, of four values.
+# In one statement, of four values each: older SQLite takes 999 values in all.
 MAX_ROWS = 1000 if sqlite3.sqlite_version_info >= (3, 32) else 249
 BUSY_SECONDS = 1.0  # that another program may keep the database locked
 RETRY_SECONDS = 0.1  # after a write to the database has failed
@@ -1259,6 +1259,10 @@ class Recorder:
             self._tell(line)
 
     def _run(self) -> None:
+        """Write what is put, in batches, until stopped; a batch that fails is repeated.
+
+        What is being written stays in its place, and so counts as waiting.
+        """
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._unwritten or self._stopped)
@@ -1315,7 +1319,7 @@ _SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
 """
-# Of messages.
+# Of messages, by which we know a file as ours; and what we read of it at the start.
 _COLUMNS = [("id", "INTEGER"), ("at", "REAL"), ("name", "TEXT"), ("text", "TEXT")]
 _READ_COLUMNS = "SELECT name, type FROM pragma_table_info('messages')"
 _READ_MESSAGES = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
@@ -1354,6 +1358,7 @@ class Database(Recorder):
         super().__init__(tell, "({} messages left out of the database)")
 
     def _run(self) -> None:
+        """Write until stopped; then the file is free for another server."""
         with closing(self._lock_file), closing(self._file):
             super()._run()
 
@@ -1415,6 +1420,7 @@ class Database(Recorder):
         return len(rows)
 
     def _fail(self, reason: object) -> None:
+        """Tell once that the file cannot be written, until it can be again."""
         if not self._failing:
             self._tell(f"Cannot write to the database for now: {reason}")
         self._failing = True
