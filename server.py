@@ -48,9 +48,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from itertools import chain, islice, repeat, takewhile
+from itertools import chain, groupby, islice, repeat, takewhile
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import protocol
 from protocol import ProtocolError
@@ -112,13 +112,12 @@ LAST_LINES_SECONDS = 0.2  # and for the terminal
 GATHER_SECONDS = 0.005
 
 HISTORY_MESSAGES = 20  # that a newcomer gets
-MAX_HISTORY_MESSAGES = 200  # that a member may ask for: they are in memory
-SCHEMA_VERSION = 1  # PRAGMA user_version of the database
-ROWS_PER_INSERT = 300  # of three values; older SQLite takes 999 in one statement
-BUSY_SECONDS = 0.1  # that another program may keep the database locked, without a retry
+MAX_HISTORY = 200  # that a member may ask for: they are in memory
+# In one statement, of four values each: older SQLite takes 999 values in all.
+MAX_ROWS = 1000 if sqlite3.sqlite_version_info >= (3, 32) else 249
+BUSY_SECONDS = 1.0  # that another program may keep the database locked
 RETRY_SECONDS = 0.1  # after a write to the database has failed
-HANGS_SECONDS = 1.0  # without a new batch: the disk hangs, and nobody waits for it
-CHANGE_SECONDS = 0.5  # that a member waits for the change of its account
+HANGS_SECONDS = 1.0  # without anything written: the disk hangs, and nobody waits
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
@@ -473,7 +472,7 @@ class ChatServer:
         if protocol.name_key(name) in self._owners:
             raise ProtocolError(f"The name {name} is taken.")
 
-    def _join(self, client: _Client, name: str, account: _Account | None) -> bool:
+    def _join(self, client: _Client, name: str, account: bytes | None) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
 
         account: whose password the client knows.  Raises ProtocolError if the name is
@@ -490,8 +489,7 @@ class ChatServer:
                 raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
             if self._database:
-                messages = self._database.history(HISTORY_MESSAGES)
-                welcome += map(_format_message, messages)
+                welcome += self._database.history(HISTORY_MESSAGES)
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
@@ -561,7 +559,7 @@ class ChatServer:
         if self._tell_messages:
             told = "".join([f"Received message from {line}" for line in lines])
         if self._database:
-            self._database.wait_for_room()
+            self._database.wait_for_room(len(texts))
         encoded = "".join(lines).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
@@ -627,11 +625,10 @@ class ChatServer:
         number = rest.strip() or str(HISTORY_MESSAGES)
         if not number.isdecimal() or len(number) > 9 or not int(number):
             raise ProtocolError("Write it like this: /history 50.")
-        most = min(int(number), MAX_HISTORY_MESSAGES)
+        most = min(int(number), MAX_HISTORY)
         with self._lock:
             messages = self._database.history(most)
-        texts = map(_format_message, messages)
-        self._answer(client, texts if messages else ["Nothing has been said yet."])
+        self._answer(client, messages or ["Nothing has been said yet."])
 
     def _register(self, client: _Client, _: str) -> None:
         client.answer = partial(self._keep_name, client)
@@ -640,12 +637,14 @@ class ChatServer:
 
     def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
-        self._database.keep(client, protocol.check_password(line))
+        self._database.change(client, protocol.check_password(line))
         self._answer(client, [f"The name {client.name} is now kept for you."])
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
-        self._database.give_up(client.name)
+        if not self._database.account(client.name):
+            raise ProtocolError(f"The name {client.name} is not kept.")
+        self._database.change(client, None)
         self._answer(client, [f"The name {client.name} is no longer kept."])
 
     def remove_client(self, client_socket: socket.socket) -> None:
@@ -691,7 +690,7 @@ class ChatServer:
             self._outbox.append(_Entry(None, notice))
             self._outbox.close()
         if self._database:
-            self._database.closing.set()
+            self._database.stop()
         self._broadcaster.wake()
         broadcaster.join()
         try:
@@ -1168,363 +1167,287 @@ def _format_address(address: tuple[str, int]) -> str:
 # --- the terminal -------------------------------------------------------------------
 
 
-Item = TypeVar("Item")
-
-
-class Recorder(Generic[Item]):
+class Recorder:
     """Writes to one output from a thread of its own, so that a slow one stops nothing.
 
     Items that are too many are left out and counted.  (logging's QueueListener would
     serve the terminal, but its stop() waits for an output that is stuck.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None], gap: str) -> None:
+        """tell: shows a line on the terminal; gap: the one for {} items left out."""
+        self._tell, self._gap = tell, gap
         # Guards what changes below.  Not held while writing.
         self._changed = threading.Condition()
-        self._batch: list[Item] = []
-        self._unwritten = 0  # items, those being written included
+        self._unwritten: list[Any] = []  # those being written included
         self._left_out = 0
-        self._begun_at = 0.0  # when the recorder took a batch, or was woken for one
-        self._closed = False
+        self._stopped = False
         # A daemon, since nothing can wake a write that is stuck; it holds no lock then
         # that the interpreter's exit needs.
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
-    def _write(self, batch: list[Item]) -> None:
-        """Write a batch, however long that takes."""
+    def _write(self, items: list[Any]) -> int:
+        """Write the first ones of these, however long that takes; return how many."""
         raise NotImplementedError
 
-    def _tell_gap(self, items: int) -> None:
-        """Tell that so many were left out, before the next one that fits."""
-        raise NotImplementedError
-
-    def put(self, items: Sequence[Item]) -> bool:
+    def put(self, items: Sequence[Any]) -> bool:
         """Queue items, or leave all of them out and return False.  Never waits."""
         with self._changed:
-            if self._unwritten + len(items) > MAX_UNWRITTEN:
+            if len(self._unwritten) + len(items) > MAX_UNWRITTEN:
                 self._left_out += len(items)
                 return False
-            self._end_gap()
             if not self._unwritten:
-                self._begun_at = time.monotonic()
                 self._changed.notify_all()
-            self._batch += items
-            self._unwritten += len(items)
+            self._unwritten += items
             return True
 
-    def close(self, seconds: float) -> int:
-        """Write all that was put, for so long at most; return how much is left."""
+    def stop(self) -> None:
+        """Have nobody wait any longer, and the thread end once all is written."""
         with self._changed:
-            self._end_gap()
-            self._closed = True
+            self._stopped = True
             self._changed.notify_all()
-        self._thread.join(seconds)
-        return self._unwritten
 
-    def _end_gap(self) -> None:
-        """Caller holds _changed."""
+    def close(self, seconds: float) -> None:
+        """Write all that was put, for so long at most; leave out what is left then."""
+        self.stop()
+        self._thread.join(seconds)
+        with self._changed:
+            self._left_out += len(self._unwritten)
+            self._unwritten.clear()
+            self._tell_gap()
+
+    def _tell_gap(self) -> None:
+        """Caller holds _changed, and has made room: the line may be an item itself."""
         if self._left_out:
-            self._tell_gap(self._left_out)
-            self._left_out = 0
+            line, self._left_out = self._gap.format(self._left_out), 0
+            self._tell(line)
 
     def _run(self) -> None:
+        """Write what is put, in batches, until stopped; a batch that fails is repeated.
+
+        What is being written stays in its place, and so counts as waiting.
+        """
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._batch or self._closed)
-                if not self._batch:
+                self._changed.wait_for(lambda: self._unwritten or self._stopped)
+                if not self._unwritten:
                     return
-                self._changed.wait_for(lambda: self._closed, GATHER_SECONDS)
-                batch, self._batch = self._batch, []
-                size, self._begun_at = self._unwritten, time.monotonic()
-            self._write(batch)
+                if len(self._unwritten) < MAX_ROWS:
+                    self._changed.wait_for(lambda: self._stopped, GATHER_SECONDS)
+                items = self._unwritten.copy()
+            written = self._write(items)
             with self._changed:
-                self._unwritten -= size
+                del self._unwritten[:written]
+                if written:
+                    self._changed.notify_all()
+                    self._tell_gap()
 
 
-class Terminal(Recorder[str]):
+class Terminal(Recorder):
     """The recorder of what the server's terminal shows."""
 
     def __init__(self, *, times: bool = False) -> None:
         """times: put date and time before each line."""
         self._time_format = "%Y-%m-%d %H:%M:%S " if times else ""
         # A stream that was closed before the start is None.
-        screen = sys.stdout.fileno() if sys.stdout else os.open(os.devnull, os.O_WRONLY)
-        self._descriptor = screen
-        self._encoding = sys.stdout.encoding if sys.stdout else protocol.ENCODING
-        super().__init__()
+        self._stream = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+        super().__init__(self.tell, "({} lines left out)")
 
     def tell(self, lines: str) -> None:
         """Show one line or several, without the last newline.  Never waits."""
         now = time.strftime(self._time_format)
         self.put([now + line for line in lines.split("\n")])
 
-    def _tell_gap(self, items: int) -> None:
-        self._batch.append(f"({items} lines left out)")
-
-    def _write(self, batch: list[str]) -> None:
-        text = "".join([f"{line}\n" for line in batch])
-        data = memoryview(text.encode(self._encoding, "backslashreplace"))
-        try:
+    def _write(self, items: list[str]) -> int:
+        text = "".join([f"{line}\n" for line in items])
+        data = memoryview(text.encode(self._stream.encoding, "backslashreplace"))
+        with suppress(OSError):  # nobody reads it any more; the chat goes on
             while data:
                 try:
-                    data = data[os.write(self._descriptor, data) :]
+                    data = data[os.write(self._stream.fileno(), data) :]
                 except BlockingIOError:  # some terminals are shared, and do not block
-                    select.select([], [self._descriptor], [])
-        except OSError:
-            pass  # nobody reads it any more; the chat goes on
+                    select.select([], [self._stream], [])
+        return len(items)
 
 
 # --- the database -------------------------------------------------------------------
 
 
-class DatabaseError(OSError):
-    """The file cannot be used; str() of it is what is wrong, and what to do."""
-
-
-class _Account(NamedTuple):
-    """What is kept of a password: its scrypt hash (RFC 7914), and what that took."""
-
-    salt: bytes
-    hash: bytes
-    n: int
-    r: int
-    p: int
-
-
-class _Change(NamedTuple):
-    """A change of an account that is to be written."""
-
-    name: str
-    account: _Account | None  # None: it is given up
-    written: threading.Event
-
-
-_Message = tuple[float, str, str]  # seconds since 1970, name, text
-_TABLES = {
-    "messages": "id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT",
-    "accounts": "key TEXT PRIMARY KEY, name TEXT, salt BLOB, hash BLOB, "
-    "n INTEGER, r INTEGER, p INTEGER, since REAL",
-}
-_SCHEMA = f"""
+_SCHEMA = """
     BEGIN IMMEDIATE;
-    CREATE TABLE IF NOT EXISTS messages({_TABLES["messages"]});
-    CREATE TABLE IF NOT EXISTS accounts({_TABLES["accounts"]});
-    PRAGMA user_version = {SCHEMA_VERSION};
+    CREATE TABLE IF NOT EXISTS messages(
+        id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT);
+    CREATE TABLE IF NOT EXISTS accounts(
+        key TEXT PRIMARY KEY, name TEXT, salt_and_hash BLOB, since REAL);
     COMMIT;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
 """
+# Of messages, by which we know a file as ours; and what we read of it at the start.
+_COLUMNS = [("id", "INTEGER"), ("at", "REAL"), ("name", "TEXT"), ("text", "TEXT")]
+_READ_COLUMNS = "SELECT name, type FROM pragma_table_info('messages')"
+_READ_MESSAGES = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
+_READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
 
 
-class Database(Recorder[_Message | _Change]):
+class Database(Recorder):
     """The recorder of an SQLite file with what is said to the room, and with accounts.
 
-    Nobody waits for the file: all that is read is in memory, and only the recorder
-    writes.
+    An item is the name of a table and a row.  Nobody waits for the file: all that is
+    read is in memory, and only the recorder writes.
     """
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
-        """Open the file, or create it.  Raises DatabaseError; the file is untouched."""
-        self._path = os.path.realpath(path)
-        self._tell = tell
-        try:
-            self._check_kind()
-            self._connection = self._connect(self._path)
-            self._lock_file = self._connect(f"{self._path}-lock", timeout=0)
-            self._take_lock()
-            self._connection.executescript(_SCHEMA)
-            rows = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
-            last = self._connection.execute(rows, (MAX_HISTORY_MESSAGES,)).fetchall()
-            rows = "SELECT key, salt, hash, n, r, p FROM accounts"
-            accounts = self._connection.execute(rows).fetchall()
-            self._file = self._stat()
-        except (sqlite3.Error, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DatabaseError(
-                f"cannot use {path!r}: {reason} (choose another --database)"
-            ) from None
-        # The first is guarded by the server's lock, as the order of messages is; in the
-        # second a member changes what belongs to its own name, which no one else can take.
-        self._last: deque[_Message] = deque(reversed(last), MAX_HISTORY_MESSAGES)
-        self._accounts: dict[str, _Account | None] = {
-            key: _Account(*fields) for key, *fields in accounts
-        }
-        self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
-        self._failing = False
-        self._give_up_at = FOREVER  # on writing what still waits
-        self.closing = threading.Event()  # no handler waits for it any longer
-        super().__init__()
+        """Open the file, or create it.
 
-    @staticmethod
-    def _connect(path: str, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        return sqlite3.connect(
-            path, timeout=timeout, isolation_level=None, check_same_thread=False
-        )
-
-    def _check_kind(self) -> None:
-        """Raise sqlite3.Error unless the file is new or a database of this chat.
-
-        Before any lock of ours, which a close of the file would release (fcntl(2)).
+        Raises OSError or sqlite3.Error; what is no such file is untouched then.
         """
-        path = Path(self._path)
-        if not path.exists() or path.stat().st_size == 0:
-            return
-        # Read only: another program's file is not to be touched.
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as file:
-            (version,) = file.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise sqlite3.Error("a later version of this program made it")
-            for table, expected in _TABLES.items():
-                columns = file.execute(f"PRAGMA table_info({table})").fetchall()
-                found = ", ".join([f"{name} {kind}" for _, name, kind, *_ in columns])
-                known = expected.replace(" PRIMARY KEY", "")
-                if found != known and (found or table == "messages"):
-                    raise sqlite3.Error("it is a database of another program")
+        self._path = Path(path).resolve()
+        file = self._file = _connect(self._path, BUSY_SECONDS)
+        if self._path.stat().st_size:
+            _check_kind(self._path)
+        self._lock_file = _connect(Path(f"{self._path}-lock"), 0)
+        self._lock_file.execute("BEGIN EXCLUSIVE")  # until the end of this process
+        file.executescript(_SCHEMA)
+        self._status = self._path.stat()
+        # The server's lock guards it, as it does the order of messages.
+        self._last: deque[str] = deque(maxlen=MAX_HISTORY)  # as notices show them
+        for at, name, text in file.execute(_READ_MESSAGES, [MAX_HISTORY]):
+            self._last.appendleft(_author(at, name) + text)
+        # By name_key(): salt and hash, or None.  A member changes that of its own name.
+        self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
+        self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
+        self._failing = False  # nobody waits for it then
+        self._due = 0  # messages on their way to remember()
+        super().__init__(tell, "({} messages left out of the database)")
 
-    def _take_lock(self) -> None:
-        """Keep other servers from this file until this process ends."""
-        try:
-            self._lock_file.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
-            raise sqlite3.Error("another server has it open") from None
+    def _run(self) -> None:
+        """Write until stopped; then the file is free for another server."""
+        with closing(self._lock_file), closing(self._file):
+            super()._run()
 
-    def _stat(self) -> tuple[int, int, bool]:
-        status = os.stat(self._path)
-        return status.st_dev, status.st_ino, status.st_size > 0
+    def _wait(self, fact: Callable[[], bool]) -> bool:
+        """Wait for a fact; False if the file cannot be written, or after stop()."""
+        with self._changed:
+            while not fact() and not (self._failing or self._stopped):
+                is_written = self._changed.wait(HANGS_SECONDS)
+                if self._unwritten and not is_written:
+                    self._fail("it takes too long")
+            return fact()
 
-    def close(self, seconds: float) -> int:
-        """Write all that was said, for so long at most, and close the file."""
-        self.closing.set()
-        self._give_up_at = time.monotonic() + seconds
-        unwritten = super().close(seconds + RETRY_SECONDS)
-        if unwritten:
-            self._tell_gap(unwritten)
-        else:
-            self._connection.close()
-        self._lock_file.close()
-        return unwritten
+    def wait_for_room(self, messages: int) -> None:
+        """Let a flood wait while the file is behind but comes on; not if it hangs.
 
-    # --- what is said ---------------------------------------------------------------
+        So many messages are to follow: until then their places are taken.
+        """
+        with self._changed:
+            self._wait(lambda: len(self._unwritten) + self._due <= MAX_UNWRITTEN // 2)
+            self._due += messages
 
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
-        messages = [(at, name, text) for text in texts]
-        self._last += messages
-        self.put(messages)
+        author = _author(at, name)
+        self._last += [author + text for text in texts]
+        with self._changed:
+            self._due -= len(texts)
+            self.put([("messages", (None, at, name, text)) for text in texts])
 
-    def wait_for_room(self) -> None:
-        """Let a flood wait while the file is behind but comes on; not if it hangs."""
-        while self._unwritten > MAX_UNWRITTEN // 2:
-            if time.monotonic() - self._begun_at > HANGS_SECONDS:
-                break
-            if self.closing.wait(GATHER_SECONDS):
-                break
+    def history(self, most: int) -> list[str]:
+        """Return the last messages as notices show them.
 
-    def history(self, most: int) -> list[_Message]:
-        """Return the last messages.  Caller holds the server's lock."""
-        return list(islice(self._last, max(0, len(self._last) - most), None))
+        Caller holds the server's lock.
+        """
+        return list(self._last)[-most:]
 
-    def _write(self, batch: list[_Message | _Change]) -> None:
-        """Write a batch in one transaction, tried again until the end."""
-        while True:
-            try:
-                self._commit(batch)
-                break
-            except (sqlite3.Error, OSError) as error:
-                if not self._failing:
-                    self._tell(f"Cannot write to the database for now: {error}")
-                self._failing = True
+    def _write(self, items: list[Any]) -> int:
+        """Write the rows up to the next one for another table.
+
+        In one statement, since the interpreter lock is taken back after each.
+        """
+        table, some = next(groupby(items[:MAX_ROWS], lambda item: item[0]))
+        rows = [row for _, row in some]
+        marks = ",".join(["(?,?,?,?)"] * len(rows))
+        try:
+            status = self._path.stat()
+            if not (os.path.samestat(status, self._status) and status.st_size):
+                raise OSError("the file has been replaced or emptied")
+            statement = f"REPLACE INTO {table} VALUES {marks}"
+            self._file.execute(statement, list(chain.from_iterable(rows)))
+        except (sqlite3.Error, OSError) as error:
+            self._fail(error)
             time.sleep(RETRY_SECONDS)
-            if time.monotonic() >= self._give_up_at:
-                self._tell_gap(len(batch))
-                return
+            return 0
         if self._failing:
             self._tell("The database is written again.")
         self._failing = False
-        for item in batch:
-            if isinstance(item, _Change):
-                item.written.set()
+        return len(rows)
 
-    def _commit(self, batch: list[_Message | _Change]) -> None:
-        """Insert messages, and change accounts, in one transaction.
+    def _fail(self, reason: object) -> None:
+        """Tell once that the file cannot be written, until it can be again."""
+        if not self._failing:
+            self._tell(f"Cannot write to the database for now: {reason}")
+        self._failing = True
 
-        Many rows a statement, since the interpreter lock is taken back after each.
-        Raises OSError or sqlite3.Error.
-        """
-        if self._stat() != self._file:
-            raise OSError("the file has been replaced or emptied")
-        rows = [item for item in batch if not isinstance(item, _Change)]
-        changes = [item for item in batch if isinstance(item, _Change)]
-        with self._connection as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            for first in range(0, len(rows), ROWS_PER_INSERT):
-                some = rows[first : first + ROWS_PER_INSERT]
-                marks = ",".join(["(?,?,?)"] * len(some))
-                insert = f"INSERT INTO messages(at, name, text) VALUES {marks}"
-                connection.execute(insert, list(chain.from_iterable(some)))
-            for name, account, _ in changes:
-                key = protocol.name_key(name)
-                connection.execute("DELETE FROM accounts WHERE key = ?", (key,))
-                if account:
-                    insert = "INSERT INTO accounts VALUES (?,?,?,?,?,?,?,?)"
-                    connection.execute(insert, (key, name, *account, time.time()))
-
-    def _tell_gap(self, items: int) -> None:
-        self._tell(f"({items} messages left out of the database)")
-
-    # --- accounts -------------------------------------------------------------------
-
-    def account(self, name: str) -> _Account | None:
-        """Return the account that keeps a name, if there is one."""
+    def account(self, name: str) -> bytes | None:
+        """Return the account that keeps a name, if there is one: salt and hash."""
         return self._accounts.get(protocol.name_key(name))
 
-    def keep(self, owner: _Client, password: bytes) -> None:
-        """Keep the name of a member for it."""
-        blank = _Account(secrets.token_bytes(SALT_BYTES), b"", **SCRYPT)
-        account = blank._replace(hash=self._hash(password, blank, owner))
-        self._change(owner.name, account)
+    def change(self, owner: _Client, password: bytes | None) -> None:
+        """Keep the name of a member for it from now on, or no longer.
 
-    def give_up(self, name: str) -> None:
-        """Keep a name no longer.  Raises ProtocolError if it was not kept."""
-        if not self.account(name):
-            raise ProtocolError(f"The name {name} is not kept.")
-        self._change(name, None)
+        Returns once that is in the file; raises ProtocolError if it is not for now.
+        """
+        account = None
+        if password is not None:
+            account = self._hash(password, secrets.token_bytes(SALT_BYTES), owner)
+        key = protocol.name_key(owner.name)
+        self._accounts[key] = account
+        item = "accounts", (key, owner.name, account, time.time())
+        if not (self.put([item]) and self._wait(lambda: item not in self._unwritten)):
+            raise ProtocolError("Done, but the database cannot be written for now.")
 
-    def _change(self, name: str, account: _Account | None) -> None:
-        """Change an account; returns once that is in the file, unless the disk hangs."""
-        change = _Change(name, account, threading.Event())
-        if self._failing or not self.put([change]):
-            raise ProtocolError("The database cannot be written for now.")
-        self._accounts[protocol.name_key(name)] = account
-        change.written.wait(CHANGE_SECONDS)
-
-    def is_password(self, account: _Account, password: bytes, client: _Client) -> bool:
+    def is_password(self, account: bytes, password: bytes, client: _Client) -> bool:
         """Compare in constant time; the client is the one that gave it."""
-        computed = self._hash(password, account, client)
-        return secrets.compare_digest(account.hash, computed)
+        computed = self._hash(password, account[:SALT_BYTES], client)
+        return secrets.compare_digest(account, computed)
 
-    def _hash(self, password: bytes, account: _Account, client: _Client) -> bytes:
-        """Return a scrypt hash.  Raises ProtocolError if it is too late for the client."""
+    def _hash(self, password: bytes, salt: bytes, client: _Client) -> bytes:
+        """Return an account.  Raises ProtocolError if it is too late for the client."""
         while not self._hashing.acquire(timeout=RETRY_SECONDS / 2):
-            if self.closing.is_set() or client.dropped:
+            if self._stopped or client.dropped:
                 raise ProtocolError("There was no time for the password.")
         try:
-            return hashlib.scrypt(
-                password, salt=account.salt, n=account.n, r=account.r, p=account.p
-            )
+            return salt + hashlib.scrypt(password, salt=salt, **SCRYPT)
         finally:
             self._hashing.release()
 
 
-def _format_message(message: _Message) -> str:
-    """Return a message of the past as a notice shows it."""
-    at, name, text = message
-    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
+def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
+    """Open a file that only its owner may read, and create it if need be."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    return sqlite3.connect(
+        path, timeout=busy_seconds, isolation_level=None, check_same_thread=False,
+        cached_statements=4,  # one of MAX_ROWS takes some 400 kB
+    )  # fmt: skip
+
+
+def _check_kind(path: Path) -> None:
+    """Raise sqlite3.Error unless the file is a database of this chat.
+
+    Touches nothing, also if a program has died in the midst of a change: a log (-wal)
+    can be read and left alone, a journal can only be passed over.
+    """
+    how = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
+    with closing(sqlite3.connect(f"{path.as_uri()}?{how}", uri=True)) as file:
+        if file.execute(_READ_COLUMNS).fetchall() != _COLUMNS:
+            raise sqlite3.Error("it is a database of another program")
+
+
+def _author(at: float, name: str) -> str:
+    """Return what stands before a message of the past: its time, and who said it."""
+    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: "
 
 
 # --- the program --------------------------------------------------------------------
@@ -1568,10 +1491,9 @@ def _raise_open_file_limit(clients: int) -> None:
     needed = clients + SPARE_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < needed:
         allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        try:
+        # macOS has a limit of its own below "unlimited".
+        with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        except (OSError, ValueError):
-            pass  # macOS has a limit of its own below "unlimited"
 
 
 def _stop_on_signals(server: ChatServer) -> None:
@@ -1611,17 +1533,18 @@ _ADVICE = {
 }
 
 
-def _explain(error: OSError | UnicodeError, host: str, port: int) -> str:
-    """Return why the server does not start, and what to do about that."""
-    where = f"cannot listen on {protocol.clean(host)!r}, port {port}"
-    if isinstance(error, DatabaseError):
-        return str(error)
-    if isinstance(error, UnicodeError):  # it cannot even be looked up
-        return f"{where}: that is no host name (give --host a name or an address)"
-    if isinstance(error, socket.gaierror):
-        return f"{where}: {error.strerror} (give --host another name or address)"
-    code = error.errno or 0
-    return f"{where}: {os.strerror(code)} ({_ADVICE.get(code, 'try another --host')})"
+def _explain(error: Exception, options: argparse.Namespace, database: object) -> str:
+    """Return what cannot be done at the start, why, and what to do about that."""
+    what = f"listen on {protocol.clean(options.host)!r}, port {options.port}"
+    advice = _ADVICE.get(getattr(error, "errno", 0), "try another --host")
+    reason = getattr(error, "strerror", None) or str(error)
+    if options.database is not None and not database:
+        what, advice = f"use {options.database!r}", "choose another --database"
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+        reason = "another server has it open, or a program has locked it"
+    if isinstance(error, UnicodeError):
+        reason = "that is no host name"
+    return f"cannot {what}: {reason.partition(' (')[0]} ({advice})"
 
 
 def main() -> int:
@@ -1639,9 +1562,8 @@ def main() -> int:
             lines_per_second=options.rate, tell_messages=not options.quiet,
             tell=terminal.tell, database=database,
         )  # fmt: skip
-    except (OSError, UnicodeError) as error:
-        reason = _explain(error, options.host, options.port)
-        print(f"server.py: {reason}", file=sys.stderr)
+    except (OSError, UnicodeError, sqlite3.Error) as error:
+        print(f"server.py: {_explain(error, options, database)}", file=sys.stderr)
         return 1
     bugs = _stop_on_bugs(server)
     _stop_on_signals(server)

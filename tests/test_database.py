@@ -195,17 +195,29 @@ def test_the_table_has_what_was_said_when_by_whom(room: FileRoom, path: Path) ->
 
 
 def test_all_is_kept_in_the_order_in_which_all_saw_it_however_fast_it_was_said(
-    start: StartFileRoom, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Senders that are faster than the file are slowed, and nothing is left out."""
-    monkeypatch.setattr(server, "MAX_UNWRITTEN", 2000)  # instead of 10,000
-    room = start(lines_per_second=0, tell_messages=False)
-    reader, *speakers = room.members("Reader", "Alex", "Bob", "Carol")
+    start: StartFileRoom, path: Path, monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """Senders that are faster than the file are slowed, and nothing is left out.
 
-    with ThreadPoolExecutor(3) as pool:
-        for speaker in speakers:
-            pool.submit(say_all, speaker, numbers(5000))
-        seen = reader.lines(15_000)
+    Also if another program has locked the file for a moment, and all go on at once.
+    """
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-6)
+    monkeypatch.setattr(server, "MAX_UNWRITTEN", 500)  # instead of 10,000
+    monkeypatch.setattr(server, "HANGS_SECONDS", HANG_SECONDS)  # instead of 1
+    room = start(lines_per_second=0, tell_messages=False)
+    reader, *speakers = [room.member(f"p{number}") for number in range(31)]
+    reader.lines(30)
+
+    with ThreadPoolExecutor(30) as pool:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for speaker in speakers:
+                pool.submit(say_all, speaker, numbers(200))
+            seen = reader.lines(251)
+        seen += reader.lines(6000 - 251)
 
     room.stop()
     assert kept(path) == seen
@@ -422,20 +434,26 @@ def test_of_two_with_the_right_password_one_joins(room: FileRoom) -> None:
     assert intruder.line().startswith("! ")
 
 
-def test_scrypt_with_a_salt_each_is_kept(start: StartFileRoom, path: Path) -> None:
+def test_scrypt_with_a_salt_each_is_kept(
+    start: StartFileRoom, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the file as soon as the owner is told so."""
+    monkeypatch.setattr(server, "GATHER_SECONDS", 0.1)  # instead of 0.005
     room = start()
 
     for name in ("Alex", "Bob"):
         keep_name(room, name)
 
-    rows = query(path, "SELECT key, name, salt, hash, n, r, p, since FROM accounts")
+    rows = query(path, "SELECT key, name, salt_and_hash, since FROM accounts")
     assert [row[:2] for row in rows] == [("alex", "Alex"), ("bob", "Bob")]
-    assert rows[0][2] != rows[1][2]
-    for _, _, salt, kept_hash, n, r, p, since in rows:
-        assert (n, r, p) == (2**14, 8, 1)
-        assert len(salt) >= 16
-        assert kept_hash == hashlib.scrypt(PASSWORD.encode(), salt=salt, n=n, r=r, p=p)
+    salts = set()
+    for *_, kept_bytes, since in rows:
+        salt, kept_hash = kept_bytes[:16], kept_bytes[16:]
+        salts.add(salt)
+        cost: dict[str, int] = {"n": 2**14, "r": 8, "p": 1}
+        assert kept_hash == hashlib.scrypt(PASSWORD.encode(), salt=salt, **cost)
         assert time.time() - 60 < since <= time.time()
+    assert len(salts) == 2
 
 
 def test_two_passwords_at_most_are_computed_and_nobody_else_is_delayed(
@@ -573,6 +591,31 @@ def test_so_many_messages_wait_for_the_file_and_what_is_not_kept_is_counted(
     assert len(kept(path if path.exists() else elsewhere)) == messages - left_out
 
 
+def test_a_file_that_hangs_is_told_and_not_waited_for(
+    start: StartFileRoom, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_UNWRITTEN", 20)  # instead of 10,000
+    monkeypatch.setattr(server, "HANGS_SECONDS", 0.02)  # instead of 1
+    monkeypatch.setattr(server, "BUSY_SECONDS", 9 * HANG_SECONDS)  # instead of 1
+    room = start(tell_messages=False)
+    alex, bob = room.members("Alex", "Bob")
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(15):
+            assert_next(alex, bob)
+        alex.say("/register")
+        alex.gather(lambda line: line.startswith("? "))
+        alex.say(PASSWORD)
+        assert alex.line().startswith("! ")
+        room.await_told("Cannot write to the database for now: ")
+
+    room.await_told("The database is written again.")
+    room.stop()
+    assert len(kept(path)) == 15
+    assert query(path, "SELECT name FROM accounts") == [("Alex",)]
+
+
 def test_a_kill_in_a_flood_costs_the_end_of_it_at_most_and_leaves_the_file_free(
     start: StartFileRoom, start_process: StartServer, path: Path
 ) -> None:
@@ -605,16 +648,6 @@ def test_a_kill_in_a_flood_costs_the_end_of_it_at_most_and_leaves_the_file_free(
     assert history(carol) == there[-20:]
 
 
-# --- files that are refused ---------------------------------------------------------
-
-
-KINDS = {
-    "of another program": "CREATE TABLE sheep(name)",
-    "with other columns": "CREATE TABLE messages(id, sheep)",
-    "of a later version": "CREATE TABLE messages(id, at, name, text);"
-    "PRAGMA user_version = 2",
-    "with a log": "PRAGMA journal_mode = WAL; CREATE TABLE sheep(name)",
-}
 _MAKE_AND_CRASH = """
 import os, sqlite3, sys
 connection = sqlite3.connect(sys.argv[1])
@@ -623,17 +656,64 @@ os.abort()
 """
 
 
+def make_and_crash(path: Path, script: str) -> None:
+    """Make a database as a program does that dies then."""
+    command = [sys.executable, "-c", _MAKE_AND_CRASH, str(path), script]
+    subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+
+
+MESSAGES = (
+    "CREATE TABLE messages(id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT)"
+)
+CHANGES = {
+    "written to a log": f"PRAGMA journal_mode = WAL; {MESSAGES};"
+    "INSERT INTO messages VALUES (NULL, 0.0, 'Ann', 'hi')",
+    "to be rolled back": f"{MESSAGES}; INSERT INTO messages VALUES (NULL, 0.0, 'Ann', 'hi');"
+    "PRAGMA cache_size = 1; BEGIN; INSERT INTO messages WITH RECURSIVE n(i) AS"
+    "(VALUES (2) UNION ALL SELECT i + 1 FROM n LIMIT 9999) SELECT i, i, i, i FROM n",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_whose_program_died_in_the_midst_of_a_change_opens(
+    start: StartFileRoom, path: Path, change: str
+) -> None:
+    make_and_crash(path, CHANGES[change])
+    beside = "chat.db-wal" if "log" in change else "chat.db-journal"
+    assert path.with_name(beside).stat().st_size > 0
+
+    bob = start().member("Bob")
+
+    assert bob.line().endswith("] Ann: hi")
+    assert len(history(bob)) == 1
+
+
+# --- files that are refused ---------------------------------------------------------
+
+
+KINDS = {
+    "of another program": "CREATE TABLE sheep(name)",
+    "with other columns": "CREATE TABLE messages(id, sheep)",
+    "with columns of other types": "CREATE TABLE messages(id, at, name, text)",
+    "with a journal": "PRAGMA cache_size = 1; CREATE TABLE sheep(name); BEGIN;"
+    "INSERT INTO sheep WITH RECURSIVE n(i) AS"
+    "(VALUES (2) UNION ALL SELECT i + 1 FROM n LIMIT 9999) SELECT i FROM n",
+    "with a log": "PRAGMA journal_mode = WAL; CREATE TABLE sheep(name)",
+}
+
+
 def test_what_is_no_file_of_this_chat_is_refused_untouched(tmp_path: Path) -> None:
     paths = [tmp_path / kind / "chat.db" for kind in ("no database", *KINDS)]
     for path in paths:
         path.parent.mkdir()
         if script := KINDS.get(path.parent.name):
-            command = [sys.executable, "-c", _MAKE_AND_CRASH, str(path), script]
-            subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+            make_and_crash(path, script)
         else:
             path.write_text("Dear diary\n" * 1000)
-    assert paths[-1].with_name("chat.db-wal").stat().st_size > 0
+    for path, kind in zip(paths[-2:], ("journal", "wal"), strict=True):
+        assert path.with_name(f"chat.db-{kind}").stat().st_size > 0
     before = [files_of(path.parent) for path in paths]
+    changed_at = [path.stat().st_mtime_ns for path in paths]
 
     *_, missing = refusals(*paths, tmp_path, "", tmp_path / "no" / "chat.db")
 
@@ -644,6 +724,7 @@ def test_what_is_no_file_of_this_chat_is_refused_untouched(tmp_path: Path) -> No
         for each in (files, after):
             each.pop("chat.db-shm", None)  # how its readers know of one another
         assert after == files
+    assert [path.stat().st_mtime_ns for path in paths] == changed_at
 
 
 def refusals(*paths: Path | str) -> list[str]:
