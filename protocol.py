@@ -38,9 +38,6 @@ class ProtocolError(ValueError):
     """A line that is refused; str() of it is the reason, to be shown to its author."""
 
 
-# --- bytes to lines -----------------------------------------------------------------
-
-
 class LineSplitter:
     """Cuts a stream of bytes into lines, in bounded memory.
 
@@ -73,8 +70,6 @@ class LineSplitter:
             self._skipping = True
         return lines
 
-
-# --- text that is safe to show ------------------------------------------------------
 
 # What drives a terminal or reorders text: C0, DEL, C1, line and paragraph separators,
 # and the bidirectional controls (Unicode Standard Annex #9, "Explicit Formatting").
@@ -134,8 +129,6 @@ def encode_line(text: str) -> bytes:
     return text.encode(ENCODING, "surrogateescape") + b"\n"
 
 
-# --- names --------------------------------------------------------------------------
-
 # What shows nothing (Unicode 16, DerivedCoreProperties.txt,
 # Default_Ignorable_Code_Point).
 # Only the letters and marks among them; other categories never get into a name.
@@ -193,9 +186,6 @@ def _scripts(name: str) -> set[str]:
     return words | {"LATIN"} if _UNNAMED_LATIN.search(name) else words
 
 
-# --- commands -----------------------------------------------------------------------
-
-
 def split_command(text: str) -> tuple[str, str]:
     """Return the command of a line to the server, with its slash, and the rest.
 
@@ -209,8 +199,6 @@ def split_command(text: str) -> tuple[str, str]:
     command, _, rest = text.partition(" ")
     return command.lower(), rest.lstrip()
 
-
-# --- lines from the server ----------------------------------------------------------
 
 _PRIVATE = " (private)"  # no name contains a blank
 
@@ -260,9 +248,6 @@ def question(text: str) -> bytes:
 def private_message(author: str, text: str) -> bytes:
     """Return a message to one member as it goes over the wire."""
     return encode_line(f"{author}{_PRIVATE}: {text}")
-
-
-# --- the flags of both programs -----------------------------------------------------
 
 
 class CommandLine(argparse.ArgumentParser):
