@@ -102,12 +102,10 @@ def client_program() -> int:
         terminal = Terminal(options)
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
-        reason = _explain(error)
         if terminal:
             terminal.restore()
-        print(f"client.py: cannot connect to {where}: {reason}", file=sys.stderr)
-        return 1
+        where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
+        sys.exit(f"client.py: cannot connect to {where}: {_explain(error)}")
     with terminal:
         return client.run()
 
@@ -251,11 +249,10 @@ class ChatClient:
     def _send_name(self, name: str) -> None:
         """Send a name and wait for its answer."""
         self._check_connection()
-        try:
-            self._exchange(name)
-        except ConnectionLost:  # between that look and now
-            self._check_connection()
-            self._exchange(name)
+        with suppress(ConnectionLost):  # it may be lost between that look and now
+            return self._exchange(name)
+        self._check_connection()
+        self._exchange(name)
 
     def _check_connection(self) -> None:
         """Connect again if the server has ended a connection that nobody used."""
@@ -348,14 +345,13 @@ class ChatClient:
         """
         # What came from a pipe is delivered, however long that takes.
         piped = self._joined and not self._terminal.person
-        for_ever = piped and self._status != INTERRUPTED
+        patient = piped and self._status != INTERRUPTED
         deadline = math.inf
         self._terminal.heed_signals()  # also if there is nothing to wait for
         while not fact():
             now = time.monotonic()
-            leaves = self._leaving or self._terminal.wants_to_leave()
-            if leaves and deadline == math.inf and not for_ever:
-                deadline = now + LEAVE_SECONDS
+            if not patient and (self._leaving or self._terminal.wants_to_leave()):
+                deadline = min(deadline, now + LEAVE_SECONDS)
             if now >= deadline:
                 raise ServerHangs
             if writable in self._terminal.watch(deadline - now, writable):
@@ -440,12 +436,9 @@ _EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
 _HIDDEN = termios.ECHO if termios else 0
 # A line that leaves, among those that were typed ahead.
 _LEAVES = re.compile(r"(?:^|[\r\n])(?:\x04|[ \t]*[qQ][ \t]*[\r\n])")
-
-
 # Red is for refusals, magenta for private messages.
 _NAME_COLOURS = (32, 33, 34, 36, 92, 93, 94, 96)
-_MARK_STYLES = {"*": 2, "!": 31, "?": 1}
-_PRIVATE_COLOUR = 35
+_STYLES = {"*": 2, "!": 31, "?": 1, "private": 35}
 # The names in a notice: "NAME has joined …", "… online: NAME, NAME and 3 more.",
 # "… NAME, NAME", "[…] NAME: …"
 _NAMES = re.compile(
@@ -475,23 +468,20 @@ class Terminal:
         self._options = options
         self._keyboard, self._screen = sys.stdin.fileno(), sys.stdout.fileno()
         self.person = sys.stdin.isatty()
-        self._modes = (
-            termios.tcgetattr(self._keyboard) if termios and self.person else []
-        )
+        self._modes: list[Any] = []  # as they were found
+        if termios and self.person:
+            self._modes = termios.tcgetattr(self._keyboard)
         dumb = os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
         self._edits = self._modes != [] and not dumb
-        self._off = (
-            _EDITED if self._edits else 0
-        )  # of the local modes, as they were found
-        self._colours = self._edits and not os.environ.get("NO_COLOR")
+        self._off = _EDITED if self._edits else 0  # of the local modes
         self._brackets = False  # the terminal puts them around a paste
+        self._colours = self._edits and not os.environ.get("NO_COLOR")
         # Guards the screen and what stands on it.  Held while writing to it.
         self.lock = threading.RLock()
         self._prompt = ""  # of the line being typed, if one is
-        self._line = self.draft = (
-            Line()
-        )  # draft: the message, also when another is typed
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
+        self.draft = Line()  # the message, which waits while other things are asked for
+        self._line = self.draft
         self._sent: deque[str] = deque(maxlen=REMEMBERED)
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
@@ -581,9 +571,7 @@ class Terminal:
             self._sent += [line.text] if line.text.strip() else []
             self.draft = Line(self._sent)
             self.draft.after = rest
-        return (
-            f"{line.text} " if leaves else line.text
-        )  # with the blank it is a message
+        return line.text + " " * leaves  # with the blank it is a message
 
     def _edit(self, key: str) -> None:
         """Do what a key asks for.  Caller holds the lock."""
@@ -647,9 +635,8 @@ class Terminal:
         if os.name != "nt" and not self._input_ended:
             inputs += [self._keyboard] if len(self._ahead) < MAX_TYPED_AHEAD else []
         outputs = [writable] if writable else []
-        timeout = max(
-            0.0, min(seconds, PASTE_SECONDS if self._reader.pasting else A_DAY)
-        )
+        longest = PASTE_SECONDS if self._reader.pasting else A_DAY
+        timeout = max(0.0, min(seconds, longest))
         readable, ready, _ = select.select(inputs, outputs, [], timeout)
         if self._wake_receiver in readable:
             self._wake_receiver.recv(READ_BYTES)
@@ -712,9 +699,8 @@ class Terminal:
             deadline = time.monotonic() + LEAVE_SECONDS  # if a key is held down
             while self._reader.pasting or time.monotonic() < deadline:
                 pause = PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
-                if not select.select([self._keyboard], [], [], pause)[0]:
-                    break
-                if not self._read_keyboard():
+                typed = select.select([self._keyboard], [], [], pause)[0]
+                if not (typed and self._read_keyboard()):
                     break
             self._reader = type(self._reader)()
             self._set_modes(self._off)
@@ -813,9 +799,9 @@ class Terminal:
         if not self._colours:
             pass
         elif mark:
-            line = f"\x1b[{_MARK_STYLES[mark]}m{line}\x1b[m"
+            line = f"\x1b[{_STYLES[mark]}m{line}\x1b[m"
         elif private:
-            line = f"\x1b[{_PRIVATE_COLOUR}m{line.removesuffix(text)}{said}\x1b[m"
+            line = f"\x1b[{_STYLES['private']}m{line.removesuffix(text)}{said}\x1b[m"
         elif name:
             colour = _NAME_COLOURS[zlib.crc32(name.encode()) % len(_NAME_COLOURS)]
             line = f"\x1b[{colour}m{name}\x1b[m: {said}"
@@ -971,10 +957,8 @@ class Line:
         # Once more, the name that was put in is the stem, and is replaced.
         stem = self.before.rpartition(" ")[2]
         if self._fitting is None:
-            start = protocol.name_key(stem)
-            fitting = [
-                name for name in names if protocol.name_key(name).startswith(start)
-            ]
+            key, start = protocol.name_key, protocol.name_key(stem)
+            fitting = [name for name in names if key(name).startswith(start)]
             if not fitting:
                 self.insert("\t")
                 return
@@ -1003,7 +987,7 @@ def _word(text: str, place: int, by: int, gap: str) -> int:
 
 _FAR = sys.maxsize
 # key → how far it takes the cursor, in characters or in words with such gaps between
-# them, and whether it cuts what is passed on the way there
+# them, and whether it cuts what is passed on the way there, as those in the last column
 _KEYS = {
     key: (by, gap, cuts)
     for by, gap, *keys in [
@@ -1011,25 +995,16 @@ _KEYS = {
         (1, "", "\x06 \x1b[C \x1bOC", "\x04 \x1b[3~"),
         (-_FAR, "", "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~", "\x15"),
         (_FAR, "", "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~", "\x0b"),
-        (
-            -1,
-            r"\W",
-            "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D",
-            "\x1b\x7f \x1b\x08",
-        ),
-        (
-            1,
-            r"\W",
-            "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C",
-            "\x1bd \x1b[3;5~ \x1b[3;3~",
-        ),
+        (-1, r"\W", "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D",
+         "\x1b\x7f \x1b\x08"),
+        (1, r"\W", "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C",
+         "\x1bd \x1b[3;5~ \x1b[3;3~"),
         (-1, r"\s", "", "\x17"),
     ]
     for cuts in (False, True)
     for key in keys[cuts].split(" ")
-}
+}  # fmt: skip
 _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
-
 
 # Around what is pasted.  A key that begins so stands for a whole paste.
 _PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
@@ -1063,8 +1038,7 @@ class KeyReader:
         self._rest += self._decoder.decode(chunk)
         keys, place = [], 0
         while match := _KEY.match(self._rest, place):
-            pasted = match[1]
-            keys.append(match[0] if pasted is None else _PASTED + pasted)
+            keys.append(match[0] if match[1] is None else _PASTED + match[1])
             place = match.end()
         self._rest = self._rest[place:]
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
