@@ -74,6 +74,7 @@ MESSAGE = "You: "  # what is typed here can be half typed, pasted, and recalled
 PASSWORD = "Password: "  # what is typed here is not shown, and remembered nowhere
 SECRET_COMMAND = "/register"  # a password follows, if the server asks for it
 
+_WINDOWS = os.name == "nt"
 # Windows has no such flag: there a server that hangs holds up a line until it goes on.
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
@@ -155,7 +156,7 @@ class ChatClient:
     """
 
     def __init__(self, host: str, port: int, terminal: Terminal) -> None:
-        """Connect.  Raises what _connect raises, ValueError if there can be no such host."""
+        """Connect.  Raises what _connect does, ValueError if there is no such host."""
         self._address = (host, port)
         self._terminal = terminal
         self._name = ""  # under which the person was in, to be offered again
@@ -172,13 +173,12 @@ class ChatClient:
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # What the receiver tells the main thread, with a nudge of the terminal.  Each is
-        # set in one step, so there is no lock.
+        # What the receiver tells the main thread.  Each is set in one step: no lock.
         self._end: ConnectionLost | None = None  # why the connection has ended
         self._full = ""  # how it says that it has no room: shown once 1 is chosen
         self._joined = False
-        # The last answer to a name or a password, or once joined the last refusal or
-        # question; "" from the sending of a line until there is one.
+        # The last answer to a name or a password, once joined the last refusal or
+        # question; "" while there is none to the line that was sent last.
         self._answer = "! Nothing was asked."
         self._receiver = threading.Thread(
             target=self.receive_messages, args=(self._socket,), name="receiver"
@@ -301,11 +301,10 @@ class ChatClient:
             draft.before, draft.after = text, draft.text
             raise
         if command == SECRET_COMMAND and not self._is_asked():
-            # The next line is the password, for nobody.
-            self._terminal.forget_typed()
             if not self._terminal.person:
                 self._status = 1
                 raise Leave
+            self._terminal.forget_typed()  # the next line: a password, for nobody
 
     def _is_asked(self) -> bool:
         return self._answer.startswith("? ")
@@ -337,11 +336,10 @@ class ChatClient:
             raise self._end or ConnectionLost(_reason(error)) from None
 
     def _wait(self, fact: Fact, writable: socket.socket | None = None) -> None:
-        """Wait until this is so, with the keyboard watched.
+        """Wait until this is so; looked at after every nudge, and if one can write.
 
         A person that leaves meanwhile waits LEAVE_SECONDS more, and as long as the socket
-        goes on taking what is sent: then ServerHangs is raised.  The fact is looked at
-        after every nudge, and if the socket is writable.
+        goes on taking what is sent: then ServerHangs is raised.
         """
         # What came from a pipe is delivered, however long that takes.
         piped = self._joined and not self._terminal.person
@@ -354,7 +352,7 @@ class ChatClient:
                 deadline = min(deadline, now + LEAVE_SECONDS)
             if now >= deadline:
                 raise ServerHangs
-            if writable in self._terminal.watch(deadline - now, writable):
+            if self._terminal.watch(deadline - now, writable):
                 deadline = math.inf
 
     def _leave(self, leave: BaseException) -> None:
@@ -454,12 +452,10 @@ class Terminal:
     At a terminal the line being typed stands at the bottom, and is edited here.  The
     screen is changed in one write at a time: from the first row of the line down
     everything is cleared, what others wrote comes there, and prompt and line again below
-    it.  So it is right after each write, by either thread, and a change of the window's
-    size is one more reason to draw, and no case of its own.
+    it.  So it is right after each write, and for every size of the window.
 
-    Else whole lines are read, and no escape sequence is written.  With a person at the
-    keyboard, a prompt stands there while they type.  In a pipe it appears together with
-    the answer, so that what comes out reads like a session.
+    Else whole lines are read, and no escape sequence is written.  In a pipe a prompt
+    appears together with the answer, so that what comes out reads like a session.
 
     Threads: all but show() and nudge() is the main thread's.
     """
@@ -515,10 +511,7 @@ class Terminal:
         self._wake_receiver.close()
 
     def ask(self, prompt: str, until: Fact = _never) -> str:
-        """Return the line that is typed.  Raises Leave if the person leaves.
-
-        until: "" is the answer as soon as this is so; looked at after every nudge.
-        """
+        """Return the line that is typed, "" once `until` is so.  Raises Leave."""
         if not self._edits:
             self._off = _HIDDEN if prompt == PASSWORD else 0
             self._set_modes(self._off)
@@ -537,7 +530,7 @@ class Terminal:
 
     def _read_line(self) -> str:
         """Let keys change the line until one of them ends it."""
-        if os.name == "nt" and self._prompt == PASSWORD:
+        if _WINDOWS and self._prompt == PASSWORD:
             return getpass.getpass("")
         while key := self._next():
             if not self._edits:
@@ -588,13 +581,10 @@ class Terminal:
             self._line.edit(key)
 
     def _paste(self, text: str) -> None:
-        """Insert a line; of a longer text send lines, or ask before if there are many.
-
-        Where no message is typed, only the first line is of use.
-        """
+        """Insert a line; of a longer text send lines, or ask before if there are many."""
         first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
         self._line.insert(first)
-        if self._prompt != MESSAGE:
+        if self._prompt != MESSAGE:  # where the other lines are of no use
             return
         self._line.was_pasted = True
         lines = [self._line.before, *more]
@@ -619,21 +609,19 @@ class Terminal:
                 return ""
             if self._input_ended:
                 raise Leave
-            self.watch(0 if os.name == "nt" else A_DAY)
-            if os.name == "nt":  # where select() takes sockets only
+            self.watch(0 if _WINDOWS else A_DAY)
+            if _WINDOWS:  # where select() takes sockets only
                 self._read_keyboard()
         return (self._pasted or self._ahead).popleft()
 
-    def watch(
-        self, seconds: float, writable: socket.socket | None = None
-    ) -> list[object]:
-        """Wait for keys, a nudge or a signal, and take them; return what was ready.
+    def watch(self, seconds: float, writable: socket.socket | None = None) -> bool:
+        """Wait for keys, a nudge or a signal, and take them; tell if one can write now.
 
         Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
         """
         inputs: list[Any] = [self._wake_receiver]
-        if os.name != "nt" and not self._input_ended:
-            inputs += [self._keyboard] if len(self._ahead) < MAX_TYPED_AHEAD else []
+        if not (_WINDOWS or self._input_ended or len(self._ahead) >= MAX_TYPED_AHEAD):
+            inputs.append(self._keyboard)
         outputs = [writable] if writable else []
         longest = PASTE_SECONDS if self._reader.pasting else A_DAY
         timeout = max(0.0, min(seconds, longest))
@@ -646,7 +634,7 @@ class Terminal:
             self._read_keyboard()
         elif timeout == PASTE_SECONDS and not (readable or ready):  # its end got lost
             self._ahead += self._reader.feed(_PASTE_END.encode())
-        return [*readable, *ready]
+        return ready != []
 
     def _read_keyboard(self) -> bool:
         """Take what is typed; return whether there was anything."""
@@ -659,11 +647,8 @@ class Terminal:
         return chunk != b""
 
     def wants_to_leave(self) -> bool:
-        """Tell whether the person has asked to leave in what is typed ahead.
-
-        What is in a pipe is used up first.
-        """
-        if not self.person:
+        """Tell whether the person has asked to leave in what is typed ahead."""
+        if not self.person:  # what is in a pipe is used up first
             return self._input_ended and not self._ahead
         typed = "".join(key for key in self._ahead if not key.startswith(_PASTED))
         return self._input_ended or _LEAVES.search(typed) is not None
@@ -672,7 +657,7 @@ class Terminal:
         """Let the main thread look at what it waits for.  For any thread."""
         with suppress(OSError):  # full of nudges, or nobody waits any more
             self._waker.send(b"\0")
-        if os.name == "nt" and self._until():
+        if _WINDOWS and self._until():
             self.show("(Please press Enter.)")  # nothing else ends its reading there
 
     def forget_typed(self) -> int:
@@ -685,7 +670,7 @@ class Terminal:
         leaves, unsent = self.wants_to_leave(), self._pasted.count(_PASTED_ENTER)
         self._pasted.clear()
         self._ahead.clear()
-        if leaves and self.person:
+        if leaves:
             raise Leave
         return unsent
 
@@ -747,9 +732,9 @@ class Terminal:
         self._set_modes(0)
 
     def _set_modes(self, off: int) -> bool:
-        """Set the modes that were found, but for some local ones that are off.
+        """Set the modes that were found, but for some that are off; False if it cannot.
 
-        Returns False, and does nothing, if there are none or the shell has the terminal.
+        While the shell has the terminal, to touch it would stop the program.
         """
         with suppress(OSError):  # no shell with job control has it
             if not self._modes or os.tcgetpgrp(self._keyboard) != os.getpgrp():
@@ -775,10 +760,7 @@ class Terminal:
         self._mention = re.compile(pattern, re.IGNORECASE)
 
     def show(self, *lines: str, received: bool = False) -> None:
-        """Show whole lines above the one being typed.  For any thread.
-
-        received: they come from the server.
-        """
+        """Show whole lines, our own or received ones, above the one being typed."""
         paint = self._paint if received else protocol.clean
         with self.lock:
             text = "".join([f"{paint(line)}\n" for line in lines])
@@ -808,17 +790,14 @@ class Terminal:
         return f"{bell}{now}{line}"
 
     def _end_line(self, *, entered: bool = False) -> None:
-        """Let the line stay, whole, and go on below it.  Caller holds the lock.
-
-        entered: by a key that the system has shown if the line is not edited here.
-        """
+        """Let the line stay, whole, and go on below it.  Caller holds the lock."""
         if not self._prompt:
             return
         hidden = self._prompt == PASSWORD
         if self._edits or entered and not self.person:
             text = "" if hidden else protocol.clean(self._line.text)
             self._write(f"{self._erase()}{self._prompt}{text}\n")
-        elif hidden or not entered:
+        elif hidden or not entered:  # else the system has shown the Enter
             self._write(self._erase())
         self._prompt, self._shown = "", ("", "")
 
@@ -927,11 +906,9 @@ class Line:
 
     @property
     def text(self) -> str:
-        """All of it."""
         return self.before + self.after
 
     def insert(self, text: str) -> None:
-        """Put a text at the cursor."""
         self.before += protocol.clean(text)
 
     def edit(self, key: str) -> None:
