@@ -96,7 +96,10 @@ class ConnectionLost(Exception):
 
 def client_program() -> int:
     """Run the client; return its exit status."""
-    _fill_standard_streams()
+    # What was closed before the start is opened, so that no socket takes its number.
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     options = _parse_arguments()
     terminal = None
     try:
@@ -111,23 +114,14 @@ def client_program() -> int:
         return client.run()
 
 
-def _fill_standard_streams() -> None:
-    """Open what was closed before the start, so that no socket takes its number."""
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-
-
 def _parse_arguments() -> argparse.Namespace:
     flags = protocol.CommandLine("Join a chat room over plain TCP.")
     flags.add_argument("--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
                        help="the server's name or address")  # fmt: skip
     flags.add_number("--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
                      help="the server's TCP port")  # fmt: skip
-    flags.add_argument("--times", action="store_true",
-                       help="show the time before each line")  # fmt: skip
-    flags.add_argument("--bell", action="store_true",
-                       help="ring for what is meant for you")  # fmt: skip
+    flags.add_argument("--times", action="store_true", help="show when each line came")
+    flags.add_argument("--bell", action="store_true", help="ring for what is for you")
     return flags.parse_args()
 
 
@@ -165,10 +159,7 @@ class ChatClient:
         self._connect(CONNECT_SECONDS)
 
     def _connect(self, seconds: float) -> None:
-        """Make a new connection and start its receiver.
-
-        Raises OSError if there is no server, RuntimeError if the system has no thread.
-        """
+        """Make a new connection and start its receiver.  Raises OSError, RuntimeError."""
         self._socket = socket.create_connection(self._address, seconds)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -243,16 +234,13 @@ class ChatClient:
                 continue
             self._terminal.show(f"Joining the chat as {name}...")
             self._terminal.know_name(name)  # before anybody can say it
-            self._send_name(name)
+            self._check_connection()
+            try:
+                self._exchange(name)
+            except ConnectionLost:  # between that look and now
+                self._check_connection()
+                self._exchange(name)
         self._status, self._name = 0, name
-
-    def _send_name(self, name: str) -> None:
-        """Send a name and wait for its answer."""
-        self._check_connection()
-        with suppress(ConnectionLost):  # it may be lost between that look and now
-            return self._exchange(name)
-        self._check_connection()
-        self._exchange(name)
 
     def _check_connection(self) -> None:
         """Connect again if the server has ended a connection that nobody used."""
@@ -356,31 +344,26 @@ class ChatClient:
                 deadline = math.inf
 
     def _leave(self, leave: BaseException) -> None:
-        """Say goodbye, and see to it that what was sent arrives."""
+        """Say goodbye, and wait until the server has read all and closes."""
         self._leaving = True
         self._terminal.show(str(leave) or LEAVING)
         if isinstance(leave, KeyboardInterrupt):
             self._status = INTERRUPTED
-        if self._joined:
-            if not isinstance(leave, ServerHangs):
-                self._wait_for_end()
-            if not self._end:
-                self._terminal.show("The server does not answer.")
-        self._hang_up()
-        self._terminal.show("Connection closed.")
-
-    def _wait_for_end(self) -> None:
-        """Send no more, and wait until the server has read all and closes."""
-        with suppress(OSError):  # the server was quicker
-            self._socket.shutdown(socket.SHUT_WR)
-        try:
-            with suppress(ServerHangs):
-                self._wait(lambda: self._end)
-        except KeyboardInterrupt:
-            self._status = INTERRUPTED
-        if self._end and str(self._end) != CLOSED and not self._terminal.person:
+        if self._joined and not isinstance(leave, ServerHangs):
+            with suppress(OSError):  # the server was quicker
+                self._socket.shutdown(socket.SHUT_WR)
+            try:
+                with suppress(ServerHangs):
+                    self._wait(lambda: self._end)
+            except KeyboardInterrupt:
+                self._status = INTERRUPTED
+        if self._joined and not self._end:
+            self._terminal.show("The server does not answer.")
+        elif self._joined and str(self._end) != CLOSED and not self._terminal.person:
             self._terminal.show(f"Connection lost: {self._end}.")
             self._status = self._status or 1  # what has arrived is not known
+        self._hang_up()
+        self._terminal.show("Connection closed.")
 
     def _hang_up(self) -> None:
         """Close the connection and end the receiver; again does nothing."""
@@ -422,10 +405,6 @@ class ChatClient:
                 return False  # nobody has asked for anything yet
             self._answer, self._joined = line, mark == "*"
         return True
-
-
-def _is_quit(text: str) -> bool:
-    return text.strip().lower() == "q"
 
 
 # The local modes that are off while we get key by key (Ctrl-C and Ctrl-Z stay signals),
@@ -522,29 +501,25 @@ class Terminal:
             self._line = self.draft if prompt == MESSAGE else Line()
             self._draw()
         try:
-            return self._read_line()
+            if _WINDOWS and prompt == PASSWORD:
+                return getpass.getpass("")
+            while key := self._next():
+                if not self._edits:
+                    self._line.before, key = key.removesuffix("\n"), "\n"
+                if key in _ENTERS or key == "\x04" and not self._line.text:
+                    return self._answer(key)
+                with self.lock:
+                    self._edit(key)
+            with (
+                self.lock
+            ):  # the line goes: something else comes here before it is sent
+                self._write(self._erase())
+                self._prompt = ""
+            return ""
         finally:
             with self.lock:
                 self._end_line()
                 self._until = _never
-
-    def _read_line(self) -> str:
-        """Let keys change the line until one of them ends it."""
-        if _WINDOWS and self._prompt == PASSWORD:
-            return getpass.getpass("")
-        while key := self._next():
-            if not self._edits:
-                self._line.before, key = key.removesuffix("\n"), "\n"
-            if key in _ENTERS or key == "\x04" and not self._line.text:
-                return self._answer(key)
-            with self.lock:
-                self._edit(key)
-                if not (self._pasted or self._ahead):  # of many keys draw the last only
-                    self._draw()
-        with self.lock:  # the line goes: something else comes here before it is sent
-            self._write(self._erase())
-            self._prompt = ""
-        return ""
 
     def _answer(self, key: str) -> str:
         """Return the line that this key ends.  Raises Leave if the person leaves."""
@@ -557,7 +532,7 @@ class Terminal:
             if line.text.strip().lower() in ("y", "yes"):
                 self._send_pasted(self._held)
             return ""
-        leaves = _is_quit(line.text)
+        leaves = line.text.strip().lower() == "q"
         if key == "\x04" or leaves and not line.was_pasted:
             raise Leave
         if prompt == MESSAGE:
@@ -567,7 +542,7 @@ class Terminal:
         return line.text + " " * leaves  # with the blank it is a message
 
     def _edit(self, key: str) -> None:
-        """Do what a key asks for.  Caller holds the lock."""
+        """Do what a key asks for, and draw.  Caller holds the lock."""
         if key == "\t":
             seen = () if self._prompt == PASSWORD else reversed(self._names)
             names = [n for n in dict.fromkeys(seen) if not self._mention.fullmatch(n)]
@@ -579,6 +554,8 @@ class Terminal:
             self._paste(key.removeprefix(_PASTED))
         else:
             self._line.edit(key)
+        if not (self._pasted or self._ahead):  # of many keys draw the last only
+            self._draw()
 
     def _paste(self, text: str) -> None:
         """Insert a line; of a longer text send lines, or ask before if there are many."""
@@ -709,22 +686,18 @@ class Terminal:
                 sys.exit(128 + number)
             # In the middle of a paste the shell would get, and run, the rest.
             if number == signal.SIGTSTP and not self._reader.pasting:
-                self._stop()
+                with self.lock:
+                    prompt = self._prompt
+                    self._end_line()
+                    self._prompt = prompt
+                self._set_modes(0)
+                handler = signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)  # returns when the shell says fg
+                signal.signal(number, handler)
             self._set_modes(self._off)
             with self.lock:
                 if self._prompt and (self._edits or number != signal.SIGWINCH):
                     self._draw()
-
-    def _stop(self) -> None:
-        """Stop as Ctrl-Z asks for; returns when the shell continues the program."""
-        with self.lock:
-            prompt = self._prompt
-            self._end_line()
-            self._prompt = prompt
-        self._set_modes(0)
-        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, handler)
 
     def restore(self) -> None:
         """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
