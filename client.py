@@ -8,9 +8,6 @@ Threads:
 Only the receiver reads the socket.  The main thread waits in one place, Terminal.watch,
 for keys, signals and the receiver alike: leaving never depends on the server, and a
 signal handler has nothing to do but to note the signal.
-
-A terminal object owns keyboard and screen: LineEditor, which alone knows escape
-sequences, or a plain Terminal for pipes, dumb terminals and Windows.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ if __name__ == "__main__":
 import argparse
 import codecs
 import getpass
-import math
 import os
 import re
 import select
@@ -37,7 +33,6 @@ import sys
 import threading
 import time
 import unicodedata
-import zlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -59,7 +54,8 @@ LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
 RECEIVE_BYTES = 65536
 READ_BYTES = 4096  # of the keyboard or a pipe
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
-A_DAY = 86400.0  # or for ever: waking without a reason is no harm
+A_DAY = 86400.0  # in a wait for ever: to wake without a reason is no harm
+FOR_EVER = float("inf")
 PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
 MAX_TYPED_CHARS = 1024 * 1024  # in one paste: what comes after is left out
 MAX_TYPED_AHEAD = 4096  # keys or lines; the rest waits in the system
@@ -332,7 +328,7 @@ class ChatClient:
         # What came from a pipe is delivered, however long that takes.
         piped = self._joined and not self._terminal.person
         patient = piped and self._status != INTERRUPTED
-        deadline = math.inf
+        deadline = FOR_EVER
         self._terminal.heed_signals()  # also if there is nothing to wait for
         while not fact():
             now = time.monotonic()
@@ -341,7 +337,7 @@ class ChatClient:
             if now >= deadline:
                 raise ServerHangs
             if self._terminal.watch(deadline - now, writable):
-                deadline = math.inf
+                deadline = FOR_EVER
 
     def _leave(self, leave: BaseException) -> None:
         """Say goodbye, and wait until the server has read all and closes."""
@@ -391,6 +387,8 @@ class ChatClient:
         finally:
             self._end = end
             self._terminal.nudge()
+            if _WINDOWS and self._joined and not self._leaving:
+                self._terminal.show("(Please press Enter.)")  # else nothing wakes it
 
     def _take(self, line: str) -> bool:
         """Note what a line tells the main thread; return whether it is to be shown."""
@@ -465,7 +463,6 @@ class Terminal:
         self._pasted: deque[str] = deque()  # what comes before them: keys of a paste
         self._held: list[str] = []  # pasted lines that are asked about
         self._input_ended = False
-        self._until: Fact = _never  # what ends the waiting for keys
         # For the main thread's attention: nudge(), and signals.
         self._waker, self._wake_receiver = socket.socketpair()
         self._waker.setblocking(False)
@@ -497,13 +494,13 @@ class Terminal:
             if prompt == PASSWORD:  # of which a half line, typed ahead, is no part
                 self._read_out()
         with self.lock:
-            self._prompt, self._until, self._held = prompt, until, []
+            self._prompt, self._held = prompt, []
             self._line = self.draft if prompt == MESSAGE else Line()
             self._draw()
         try:
             if _WINDOWS and prompt == PASSWORD:
                 return getpass.getpass("")
-            while key := self._next():
+            while key := self._next(until):
                 if not self._edits:
                     self._line.before, key = key.removesuffix("\n"), "\n"
                 if key in _ENTERS or key == "\x04" and not self._line.text:
@@ -519,7 +516,6 @@ class Terminal:
         finally:
             with self.lock:
                 self._end_line()
-                self._until = _never
 
     def _answer(self, key: str) -> str:
         """Return the line that this key ends.  Raises Leave if the person leaves."""
@@ -560,7 +556,7 @@ class Terminal:
     def _paste(self, text: str) -> None:
         """Insert a line; of a longer text send lines, or ask before if there are many."""
         first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
-        self._line.insert(first)
+        self._line.before += first
         if self._prompt != MESSAGE:  # where the other lines are of no use
             return
         self._line.was_pasted = True
@@ -579,10 +575,10 @@ class Terminal:
             self._pasted += [_PASTED + line, _PASTED_ENTER] if line.strip() else []
         self._pasted.append(_PASTED + lines[-1])
 
-    def _next(self) -> str:
+    def _next(self, until: Fact) -> str:
         """Return the next key or line; "" if woken.  The end of input is a Leave."""
         while not (self._pasted or self._ahead):
-            if self._until():  # what was typed before has been used by now
+            if until():  # what was typed before has been used by now
                 return ""
             if self._input_ended:
                 raise Leave
@@ -634,8 +630,6 @@ class Terminal:
         """Let the main thread look at what it waits for.  For any thread."""
         with suppress(OSError):  # full of nudges, or nobody waits any more
             self._waker.send(b"\0")
-        if _WINDOWS and self._until():
-            self.show("(Please press Enter.)")  # nothing else ends its reading there
 
     def forget_typed(self) -> int:
         """Throw away what was typed ahead, lest it be taken for answers.
@@ -758,7 +752,7 @@ class Terminal:
         elif private:
             line = f"\x1b[{_STYLES['private']}m{line.removesuffix(text)}{said}\x1b[m"
         elif name:
-            colour = _NAME_COLOURS[zlib.crc32(name.encode()) % len(_NAME_COLOURS)]
+            colour = _NAME_COLOURS[sum(name.encode()) % len(_NAME_COLOURS)]
             line = f"\x1b[{colour}m{name}\x1b[m: {said}"
         return f"{bell}{now}{line}"
 
@@ -881,9 +875,6 @@ class Line:
     def text(self) -> str:
         return self.before + self.after
 
-    def insert(self, text: str) -> None:
-        self.before += protocol.clean(text)
-
     def edit(self, key: str) -> None:
         """Do what a key asks for; one without a meaning does nothing."""
         self.was_pasted, self._fitting = False, None
@@ -899,7 +890,7 @@ class Line:
             self._recalled = min(max(0, recalled), len(self._drafts) - 1)
             self.before, self.after = self._drafts[self._recalled], ""
         elif key >= " " and key[0] != "\x1b":
-            self.insert(key)
+            self.before += protocol.clean(key)
 
     def complete(self, names: list[str]) -> None:
         """Complete one of the names; once more: the next one that fits."""
@@ -910,7 +901,7 @@ class Line:
             key, start = protocol.name_key, protocol.name_key(stem)
             fitting = [name for name in names if key(name).startswith(start)]
             if not fitting:
-                self.insert("\t")
+                self.before += protocol.clean("\t")
                 return
             self._fitting = cycle(fitting)
         self.before = self.before.removesuffix(stem) + next(self._fitting)
@@ -977,11 +968,7 @@ class KeyReader:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
         self._rest = ""  # the beginning of a key
-
-    @property
-    def pasting(self) -> bool:
-        """The end of a paste is still to come."""
-        return self._rest.lstrip("\x1b").startswith(_PASTED[1:])
+        self.pasting = False  # the end of a paste is still to come
 
     def feed(self, chunk: bytes) -> list[str]:
         """Add what was read and return the keys that it completes."""
@@ -991,6 +978,7 @@ class KeyReader:
             keys.append(match[0] if match[1] is None else _PASTED + match[1])
             place = match.end()
         self._rest = self._rest[place:]
+        self.pasting = self._rest.lstrip("\x1b").startswith(_PASTED[1:])
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
         if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:
             self._rest = self._rest[:MAX_TYPED_CHARS] + self._rest[-len(_PASTE_END) :]
