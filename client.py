@@ -51,8 +51,7 @@ except ImportError:  # Windows
 
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
-RECEIVE_BYTES = 65536
-READ_BYTES = 4096  # of the keyboard or a pipe
+READ_BYTES = 65536  # at once
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
 A_DAY = 86400.0  # in a wait for ever: to wake without a reason is no harm
 FOR_EVER = float("inf")
@@ -375,7 +374,7 @@ class ChatClient:
         splitter = protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
         end = ConnectionLost("this client has a bug")  # told on stderr by then
         try:
-            while chunk := client_socket.recv(RECEIVE_BYTES):
+            while chunk := client_socket.recv(READ_BYTES):
                 lines = map(protocol.decode_shown, splitter.feed(chunk))
                 with self._terminal.lock:  # the next prompt comes below what is shown
                     shown = [line for line in lines if self._take(line)]
