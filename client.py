@@ -35,7 +35,7 @@ import time
 import unicodedata
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
 from typing import Any, Self
@@ -312,13 +312,13 @@ class ChatClient:
             return not unsent
 
         try:
-            self._wait(is_sent, self._socket)
+            self._wait(is_sent, [self._socket])
         except OSError as error:
             # The receiver says why, once it has shown all that had arrived.
             self._wait(lambda: self._end)
             raise self._end or ConnectionLost(_reason(error)) from None
 
-    def _wait(self, fact: Fact, writable: socket.socket | None = None) -> None:
+    def _wait(self, fact: Fact, writable: Sequence[socket.socket] = ()) -> None:
         """Wait until this is so; looked at after every nudge, and if one can write.
 
         A person that leaves meanwhile waits LEAVE_SECONDS more, and as long as the socket
@@ -513,16 +513,14 @@ class Terminal:
                 self._prompt = ""
             return ""
         finally:
-            with self.lock:
-                self._end_line()
+            self._end_line()
 
     def _answer(self, key: str) -> str:
         """Return the line that this key ends.  Raises Leave if the person leaves."""
         line, prompt, rest = self._line, self._prompt, ""
         if key == _PASTED_ENTER:  # what is behind the cursor comes in the last line
             rest, line.after = line.after, ""
-        with self.lock:
-            self._end_line(entered=key != "\x04")
+        self._end_line(entered=key != "\x04")
         if self._held:
             if line.text.strip().lower() in ("y", "yes"):
                 self._send_pasted(self._held)
@@ -531,7 +529,8 @@ class Terminal:
         if key == "\x04" or leaves and not line.was_pasted:
             raise Leave
         if prompt == MESSAGE:
-            self._sent += [line.text] if line.text.strip() else []
+            if self._edits and line.text.strip():
+                self._sent.append(line.text)
             self.draft = Line(self._sent)
             self.draft.after = rest
         return line.text + " " * leaves  # with the blank it is a message
@@ -539,9 +538,8 @@ class Terminal:
     def _edit(self, key: str) -> None:
         """Do what a key asks for, and draw.  Caller holds the lock."""
         if key == "\t":
-            seen = () if self._prompt == PASSWORD else reversed(self._names)
-            names = [n for n in dict.fromkeys(seen) if not self._mention.fullmatch(n)]
-            self._line.complete(names)
+            seen = dict.fromkeys(reversed(self._names))
+            self._line.complete([n for n in seen if not self._mention.fullmatch(n)])
         elif key == "\x0c":
             self._write("\x1b[H\x1b[2J")
             self._shown = ("", "")
@@ -586,7 +584,7 @@ class Terminal:
                 self._read_keyboard()
         return (self._pasted or self._ahead).popleft()
 
-    def watch(self, seconds: float, writable: socket.socket | None = None) -> bool:
+    def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> bool:
         """Wait for keys, a nudge or a signal, and take them; tell if one can write now.
 
         Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
@@ -594,10 +592,9 @@ class Terminal:
         inputs: list[Any] = [self._wake_receiver]
         if not (_WINDOWS or self._input_ended or len(self._ahead) >= MAX_TYPED_AHEAD):
             inputs.append(self._keyboard)
-        outputs = [writable] if writable else []
         longest = PASTE_SECONDS if self._reader.pasting else A_DAY
         timeout = max(0.0, min(seconds, longest))
-        readable, ready, _ = select.select(inputs, outputs, [], timeout)
+        readable, ready, _ = select.select(inputs, writable, [], timeout)
         if self._wake_receiver in readable:
             self._wake_receiver.recv(READ_BYTES)
         # Before reading: Ctrl-C empties the system's buffer, and a read might wait.
@@ -679,10 +676,9 @@ class Terminal:
                 sys.exit(128 + number)
             # In the middle of a paste the shell would get, and run, the rest.
             if number == signal.SIGTSTP and not self._reader.pasting:
-                with self.lock:
-                    prompt = self._prompt
-                    self._end_line()
-                    self._prompt = prompt
+                prompt = self._prompt
+                self._end_line()
+                self._prompt = prompt
                 self._set_modes(0)
                 handler = signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)  # returns when the shell says fg
@@ -743,10 +739,10 @@ class Terminal:
         rings = private or name and self._mention.search(text)
         bell = "\a" if rings and self._options.bell and sys.stdout.isatty() else ""
         now = time.strftime("%H:%M ") if self._options.times else ""
-        said = self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
         if not self._colours:
-            pass
-        elif mark:
+            return f"{bell}{now}{line}"
+        said = self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
+        if mark:
             line = f"\x1b[{_STYLES[mark]}m{line}\x1b[m"
         elif private:
             line = f"\x1b[{_STYLES['private']}m{line.removesuffix(text)}{said}\x1b[m"
@@ -756,16 +752,17 @@ class Terminal:
         return f"{bell}{now}{line}"
 
     def _end_line(self, *, entered: bool = False) -> None:
-        """Let the line stay, whole, and go on below it.  Caller holds the lock."""
-        if not self._prompt:
-            return
-        hidden = self._prompt == PASSWORD
-        if self._edits or entered and not self.person:
-            text = "" if hidden else protocol.clean(self._line.text)
-            self._write(f"{self._erase()}{self._prompt}{text}\n")
-        elif hidden or not entered:  # else the system has shown the Enter
-            self._write(self._erase())
-        self._prompt, self._shown = "", ("", "")
+        """Let the line stay, whole, and go on below it; again does nothing."""
+        with self.lock:
+            if not self._prompt:
+                return
+            hidden = self._prompt == PASSWORD
+            if self._edits or entered and not self.person:
+                text = "" if hidden else protocol.clean(self._line.text)
+                self._write(f"{self._erase()}{self._prompt}{text}\n")
+            elif hidden or not entered:  # else the system has shown the Enter
+                self._write(self._erase())
+            self._prompt, self._shown = "", ("", "")
 
     def _erase(self) -> str:
         """Return what clears prompt and line from the screen.  Caller holds the lock."""

@@ -346,7 +346,7 @@ closes-before-the-server: test_all_that_was_piped_reaches
 - if not patient and (
 + if (
 sending-not-watched: test_server_that_hangs_holds_up_the_leaving
-- self._wait(is_sent, self._socket)
+- self._wait(is_sent, [self._socket])
 + self._socket.sendall(unsent)
 answer-not-watched: test_server_that_hangs or test_pipe_that_ends_before
 -             if now >= deadline:
@@ -457,9 +457,9 @@ window-size-not-followed: test_change_of_the_windows_size_keeps
 + columns, rows = 80, 24
 history-with-all-answers: test_up_and_down_go_through or test_password
 -         if prompt == MESSAGE:
--             self._sent
+-             if self._edits
 +         if True:
-+             self._sent
++             if self._edits
 words-end-inside-a-character: test_editing_keys
 -             place = further
 +             place += by
