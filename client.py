@@ -64,7 +64,6 @@ REMEMBERED = 1000  # messages, and a hundred times as many sightings of names
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 CHOICES = {"1": "Join the chat", "q": "Leave the chat", "2": "Exit the program"}
 CLOSED = "the server closed the connection"
-LEAVING = "Leaving the chat..."
 MESSAGE = "You: "  # what is typed here can be half typed, pasted, and recalled
 PASSWORD = "Password: "  # what is typed here is not shown, and remembered nowhere
 SECRET_COMMAND = "/register"  # a password follows, if the server asks for it
@@ -78,7 +77,7 @@ _never: Fact = lambda: False
 
 
 class Leave(Exception):
-    """The person leaves; str() of it is what to say then, if it is not LEAVING."""
+    """The person leaves; str() of it is what to say then, if it is not the usual."""
 
 
 class ServerHangs(Leave):
@@ -104,7 +103,9 @@ def client_program() -> int:
         if terminal:
             terminal.restore()
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
-        sys.exit(f"client.py: cannot connect to {where}: {_explain(error)}")
+        reason = _explain(error)
+        print(f"client.py: cannot connect to {where}: {reason}", file=sys.stderr)
+        return 1
     with terminal:
         return client.run()
 
@@ -140,8 +141,7 @@ def _reason(error: Exception) -> str:
 class ChatClient:
     """Menu, name and chat, over one connection after another.
 
-    Whatever the main thread waits for, Leave (caught by run) and ConnectionLost (caught
-    by _stay) end it.
+    Whatever is waited for, Leave (for run) and ConnectionLost (for _stay) end it.
     """
 
     def __init__(self, host: str, port: int, terminal: Terminal) -> None:
@@ -207,8 +207,7 @@ class ChatClient:
         """Show the menu until one of CHOICES is chosen."""
         while True:
             self._terminal.show(*(f"{key}. {what}" for key, what in CHOICES.items()))
-            choice = self._terminal.ask("Enter your choice: ").strip()
-            if choice in CHOICES:
+            if (choice := self._terminal.ask("Enter your choice: ").strip()) in CHOICES:
                 return choice
             self._terminal.show(f"Please choose one of these: {', '.join(CHOICES)}.")
 
@@ -341,7 +340,7 @@ class ChatClient:
     def _leave(self, leave: BaseException) -> None:
         """Say goodbye, and wait until the server has read all and closes."""
         self._leaving = True
-        self._terminal.show(str(leave) or LEAVING)
+        self._terminal.show(str(leave) or "Leaving the chat...")
         if isinstance(leave, KeyboardInterrupt):
             self._status = INTERRUPTED
         if self._joined and not isinstance(leave, ServerHangs):
