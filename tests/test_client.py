@@ -1415,7 +1415,9 @@ def test_pasted_q_is_text_as_all_that_is_pasted(
 ) -> None:
     alex, bob = small_chat
 
-    alex.type(keys + ENTER)
+    alex.type(keys)
+    wait_for_prompt(alex, f"You: {said[-1]}".rstrip())
+    alex.type(ENTER)
 
     assert bob.lines(len(said)) == [f"Alex: {text}" for text in said]
     assert alex.shows([*[f"You: {text}".rstrip() for text in said], "You:"])
