@@ -112,10 +112,7 @@ def client_program() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     flags = protocol.CommandLine("Join a chat room over plain TCP.")
-    flags.add_argument("--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
-                       help="the server's name or address")  # fmt: skip
-    flags.add_number("--port", 1, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
-                     help="the server's TCP port")  # fmt: skip
+    flags.add_address("the server's name or address", 1, "the server's TCP port")
     flags.add_argument("--times", action="store_true", help="show when each line came")
     flags.add_argument("--bell", action="store_true", help="ring for what is for you")
     return flags.parse_args()
@@ -505,9 +502,7 @@ class Terminal:
                     return self._answer(key)
                 with self.lock:
                     self._edit(key)
-            with (
-                self.lock
-            ):  # the line goes: something else comes here before it is sent
+            with self.lock:  # the line goes: something else comes before it is sent
                 self._write(self._erase())
                 self._prompt = ""
             return ""
@@ -536,7 +531,7 @@ class Terminal:
 
     def _edit(self, key: str) -> None:
         """Do what a key asks for, and draw.  Caller holds the lock."""
-        if key == "\t":
+        if key == "\t" and self._prompt != PASSWORD:
             seen = dict.fromkeys(reversed(self._names))
             self._line.complete([n for n in seen if not self._mention.fullmatch(n)])
         elif key == "\x0c":

@@ -1455,31 +1455,20 @@ def _author(at: float, name: str) -> str:
 
 def _parse_arguments() -> argparse.Namespace:
     flags = protocol.CommandLine("A chat room over plain TCP. Ctrl-C ends it.")
-    flags.add_argument(
-        "--host", type=protocol.host_name, default=protocol.DEFAULT_HOST,
-        help="name or address to listen on; 0.0.0.0 lets the whole network in",
-    )  # fmt: skip
-    flags.add_number(
-        "--port", 0, 65535, default=protocol.DEFAULT_PORT, metavar="PORT",
-        help="TCP port to listen on; 0 takes a free one",
-    )  # fmt: skip
-    flags.add_number(
-        "--max-clients", 1, 1_000_000, default=MAX_CLIENTS, metavar="N",
-        help="connections at most, joined or not",
-    )  # fmt: skip
-    flags.add_number(
-        "--rate", 0, 1_000_000, default=LINES_PER_SECOND, metavar="N",
-        help="lines per second that a client may send on average, with bursts of up to "
-        f"{BURST_SECONDS} times as many; 0 means no limit",
-    )  # fmt: skip
-    flags.add_argument("--quiet", action="store_true", help="do not print what is said")
-    flags.add_argument(
-        "--times", action="store_true", help="print date and time before each line"
+    host = "name or address to listen on; 0.0.0.0 lets the whole network in"
+    flags.add_address(host, 0, "TCP port to listen on; 0 takes a free one")
+    clients = "connections at most, joined or not"
+    flags.add_number("--max-clients", 1, 10**6, MAX_CLIENTS, clients, metavar="N")
+    rate = (
+        "lines per second that a client may send on average, with bursts of up to "
+        f"{BURST_SECONDS} times as many; 0 means no limit"
     )
-    flags.add_argument(
-        "--database", metavar="FILE",
-        help="keep what is said, and names with a password, in this SQLite file",
-    )  # fmt: skip
+    flags.add_number("--rate", 0, 10**6, LINES_PER_SECOND, rate, metavar="N")
+    flags.add_argument("--quiet", action="store_true", help="do not print what is said")
+    times = "print date and time before each line"
+    flags.add_argument("--times", action="store_true", help=times)
+    database = "keep what is said, and names with a password, in this SQLite file"
+    flags.add_argument("--database", metavar="FILE", help=database)
     return flags.parse_args()
 
 
