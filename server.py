@@ -46,6 +46,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
 from itertools import chain, groupby, islice, repeat, takewhile
@@ -121,6 +122,7 @@ HANGS_SECONDS = 1.0  # without anything written: the disk hangs, and nobody wait
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
+HASH_PAUSE_SECONDS = 0.5  # until we look again whether the client still waits for it
 
 # The errors of accept(2) that pass: a lack of something, or of the network.
 PASSING = {
@@ -609,7 +611,7 @@ class ChatServer:
         name, _, text = rest.partition(" ")
         if not (text := text.lstrip()):
             raise ProtocolError("Write it like this: /msg NAME TEXT.")
-        if recipient := self._owners.get(protocol.name_key(name)):
+        if recipient := self._owners.get(protocol.name_key(protocol.check_name(name))):
             entry = _Entry(recipient, b"", protocol.private_message(client.name, text))
             told = f"Private message from {client.name} to {recipient.name}"
             if self._submit(entry, told):
@@ -1317,7 +1319,8 @@ class Database(Recorder):
             self._last.appendleft(_author(at, name) + text)
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
-        self._hashing = threading.Semaphore(MAX_HASHES_AT_ONCE)
+        # In threads of their own, in turn: each thread keeps the 16 MiB that it has used.
+        self._hashing = ThreadPoolExecutor(MAX_HASHES_AT_ONCE, "hashing")
         self._failing = False  # nobody waits for it then
         self._due = 0  # messages on their way to remember()
         super().__init__(tell, "({} messages left out of the database)")
@@ -1326,6 +1329,10 @@ class Database(Recorder):
         """Write until stopped; then the file is free for another server."""
         with closing(self._lock_file), closing(self._file):
             super()._run()
+
+    def stop(self) -> None:
+        super().stop()
+        self._hashing.shutdown(wait=False, cancel_futures=True)
 
     def _wait(self, fact: Callable[[], bool]) -> bool:
         """Wait for a fact; False if the file cannot be written, or after stop()."""
@@ -1415,13 +1422,16 @@ class Database(Recorder):
 
     def _hash(self, password: bytes, salt: bytes, client: _Client) -> bytes:
         """Return an account.  Raises ProtocolError if it is too late for the client."""
-        while not self._hashing.acquire(timeout=RETRY_SECONDS / 2):
-            if self._stopped or client.dropped:
-                raise ProtocolError("There was no time for the password.")
         try:
-            return salt + hashlib.scrypt(password, salt=salt, **SCRYPT)
-        finally:
-            self._hashing.release()
+            scrypt = partial(hashlib.scrypt, password, salt=salt, **SCRYPT)
+            hashing = self._hashing.submit(scrypt)
+            while True:
+                with suppress(TimeoutError):
+                    return salt + hashing.result(HASH_PAUSE_SECONDS)
+                if client.dropped or client.is_read_out():
+                    hashing.cancel()
+        except (CancelledError, RuntimeError):  # or stopped meanwhile, or before
+            raise ProtocolError("There was no time for the password.") from None
 
 
 def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
