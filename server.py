@@ -1346,10 +1346,12 @@ class Database(Recorder):
     def wait_for_room(self, messages: int) -> None:
         """Let a flood wait while the file is behind but comes on; not if it hangs.
 
-        So many messages are to follow: until then their places are taken.
+        So many messages are to follow: until then their places are taken.  Many at once
+        leave half of the places to all that just say something.
         """
+        most = MAX_UNWRITTEN if messages == 1 else MAX_UNWRITTEN // 2
         with self._changed:
-            self._wait(lambda: len(self._unwritten) + self._due <= MAX_UNWRITTEN // 2)
+            self._wait(lambda: len(self._unwritten) + self._due < most)
             self._due += messages
 
     def remember(self, name: str, texts: Sequence[str]) -> None:

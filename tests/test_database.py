@@ -591,6 +591,23 @@ def test_so_many_messages_wait_for_the_file_and_what_is_not_kept_is_counted(
     assert len(kept(path if path.exists() else elsewhere)) == messages - left_out
 
 
+def test_a_flood_waits_for_the_file_and_who_just_says_something_does_not(
+    start: StartFileRoom, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_UNWRITTEN", 200)  # instead of 10,000
+    monkeypatch.setattr(server, "HANGS_SECONDS", 9 * HANG_SECONDS)  # instead of 1
+    monkeypatch.setattr(server, "BUSY_SECONDS", 9 * HANG_SECONDS)  # instead of 1
+    room = start(lines_per_second=0)
+    flooder, alex, bob = room.members("Flooder", "Alex", "Bob")
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        flooder.send("".join(f"{text}\n" for text in numbers(400)))
+        bob.lines(100)
+        alex.say("hi")
+        bob.until("Alex: hi")
+
+
 def test_a_file_that_hangs_is_told_and_not_waited_for(
     start: StartFileRoom, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
