@@ -45,11 +45,13 @@ import protocol
 try:
     import termios
 
-    _GO_ON = (signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)  # others end the program
+    # All others that we note end the program.
+    _JOB_SIGNALS = (signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
 except ImportError:  # Windows
-    termios, _GO_ON = None, ()  # type: ignore[assignment]
+    termios, _JOB_SIGNALS = None, ()  # type: ignore[assignment]
 
 CONNECT_SECONDS = 10.0
+RECONNECT_SECONDS = 3.0  # the keyboard is not read meanwhile
 LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
 READ_BYTES = 65536  # at once
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
@@ -70,10 +72,9 @@ SECRET_COMMAND = "/register"  # a password follows, if the server asks for it
 
 _WINDOWS = os.name == "nt"
 # Windows has no such flag: there a server that hangs holds up a line until it goes on.
-_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 Fact = Callable[[], object]  # is so if what it returns is true
-_never: Fact = lambda: False
 
 
 class Leave(Exception):
@@ -101,7 +102,7 @@ def client_program() -> int:
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, RuntimeError, ValueError) as error:
         if terminal:
-            terminal.restore()
+            terminal.restore()  # what was typed meanwhile is not for the shell
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
         reason = _explain(error)
         print(f"client.py: cannot connect to {where}: {reason}", file=sys.stderr)
@@ -128,11 +129,7 @@ def _explain(error: Exception) -> str:
         TimeoutError: "is that computer up, and the port open in its firewall?",
         RuntimeError: "are too many programs running?",  # no more threads
     }.get(type(error), "is --host right, and is there a network that leads there?")
-    return f"{_reason(error)} ({advice})"
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return f"{protocol.reason_of(error)} ({advice})"
 
 
 class ChatClient:
@@ -160,8 +157,9 @@ class ChatClient:
         self._end: ConnectionLost | None = None  # why the connection has ended
         self._full = ""  # how it says that it has no room: shown once 1 is chosen
         self._joined = False
-        # The last answer to a name or a password, once joined the last refusal or
-        # question; "" while there is none to the line that was sent last.
+        # What the server said to the line that was sent last: "" as long as it has said
+        # nothing.  What it says before the first line is no answer, and passed over: so
+        # this begins as if something had been answered.
         self._answer = "! Nothing was asked."
         self._receiver = threading.Thread(
             target=self.receive_messages, args=(self._socket,), name="receiver"
@@ -237,30 +235,36 @@ class ChatClient:
         """Connect again if the server has ended a connection that nobody used."""
         # Whatever has arrived is heard first: a refusal from before is no answer to the
         # name.  At its end the socket stays readable.
-        self._wait(lambda: self._end or not select.select([self._socket], [], [], 0)[0])
+        self._wait(lambda: self._end or not self._has_unheard())
         if self._full:
             raise ConnectionLost(CLOSED)
         if self._end:
             self._hang_up()
             try:
-                self._connect(LEAVE_SECONDS)
+                self._connect(RECONNECT_SECONDS)
             except (OSError, RuntimeError) as error:
-                raise ConnectionLost(_reason(error)) from None
+                self._end = ConnectionLost(protocol.reason_of(error))
+                raise self._end from None
+
+    def _has_unheard(self) -> bool:
+        with self._terminal.lock:  # the receiver takes, and hears, under it
+            return select.select([self._socket], [], [], 0)[0] != []
 
     def handle_chat(self, client_socket: socket.socket) -> None:
         """Send what the person types until they leave or the connection is lost."""
         while not self._end:
-            prompt, say = MESSAGE, self._say
-            if self._is_asked():
-                prompt, say, self._answer = PASSWORD, self._send, ""
             try:
-                text = self._terminal.ask(prompt, lambda: self._end or self._is_asked())
+                if secret := self._is_asked():
+                    text = self._terminal.ask(PASSWORD, lambda: self._end)
+                else:
+                    woken: Fact = lambda: self._end or self._is_asked()
+                    text = self._terminal.ask(MESSAGE, woken)
             except Leave:
                 self._leaving = True
                 with suppress(ConnectionLost):  # then nobody is there to be told
                     self._send("q")
                 raise
-            say(text)
+            (self._send if secret else self._say)(text)
         if half_typed := self._terminal.draft.text:
             self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
         raise self._end
@@ -271,8 +275,14 @@ class ChatClient:
         command, _ = protocol.split_command(protocol.clean(text))
         try:
             if command == SECRET_COMMAND:
-                # An earlier line may be refused now; our server names the command.
-                self._exchange(text, about=(f"! {command}", "! That line is "))
+                # Not for the refusal of an earlier line: our server names the command,
+                # or says what is wrong with the line as decode_message says it.
+                reason = f"{command} "
+                try:
+                    protocol.decode_message(protocol.encode_line(text)[:-1])
+                except protocol.ProtocolError as error:
+                    reason = str(error)
+                self._exchange(text, about=(f"! {reason}",))
             elif text.strip():
                 self._send(text)
         except ConnectionLost:
@@ -304,7 +314,7 @@ class ChatClient:
         def is_sent() -> bool:
             nonlocal unsent
             with suppress(BlockingIOError):
-                unsent = unsent[self._socket.send(unsent, _DONT_WAIT) :]
+                unsent = unsent[self._socket.send(unsent, MSG_DONTWAIT) :]
             return not unsent
 
         try:
@@ -312,13 +322,14 @@ class ChatClient:
         except OSError as error:
             # The receiver says why, once it has shown all that had arrived.
             self._wait(lambda: self._end)
-            raise self._end or ConnectionLost(_reason(error)) from None
+            raise self._end or ConnectionLost(protocol.reason_of(error)) from None
 
     def _wait(self, fact: Fact, writable: Sequence[socket.socket] = ()) -> None:
-        """Wait until this is so; looked at after every nudge, and if one can write.
+        """Wait until this is so.
 
-        A person that leaves meanwhile waits LEAVE_SECONDS more, and as long as the socket
-        goes on taking what is sent: then ServerHangs is raised.
+        It is looked at after every wake(), and whenever one of `writable` takes more.
+        While the person wants to leave, LEAVE_SECONDS without such progress raise
+        ServerHangs.
         """
         # What came from a pipe is delivered, however long that takes.
         piped = self._joined and not self._terminal.person
@@ -370,18 +381,20 @@ class ChatClient:
         splitter = protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
         end = ConnectionLost("this client has a bug")  # told on stderr by then
         try:
-            while chunk := client_socket.recv(READ_BYTES):
-                lines = map(protocol.decode_shown, splitter.feed(chunk))
+            # Only looked at before the lock: what nobody has heard yet is readable.
+            while client_socket.recv(1, socket.MSG_PEEK):
                 with self._terminal.lock:  # the next prompt comes below what is shown
+                    chunk = client_socket.recv(READ_BYTES)
+                    lines = map(protocol.decode_shown, splitter.feed(chunk))
                     shown = [line for line in lines if self._take(line)]
                     self._terminal.show(*shown, received=True)
-                self._terminal.nudge()
+                self._terminal.wake()
             end = ConnectionLost(CLOSED)
         except OSError as error:
-            end = ConnectionLost(_reason(error))
+            end = ConnectionLost(protocol.reason_of(error))
         finally:
             self._end = end
-            self._terminal.nudge()
+            self._terminal.wake()
             if _WINDOWS and self._joined and not self._leaving:
                 self._terminal.show("(Please press Enter.)")  # else nothing wakes it
 
@@ -396,7 +409,9 @@ class ChatClient:
         elif mark:
             if self._answer:
                 return False  # nobody has asked for anything yet
-            self._answer, self._joined = line, mark == "*"
+            # In this order: who sees the answer must know already whether it is in.
+            self._joined = mark == "*"
+            self._answer = line
         return True
 
 
@@ -415,7 +430,6 @@ _NAMES = re.compile(
     r"(?:^(?=\S+ has (?:joined|left) )|online: |^… |, |^\[.*?\] )"
     r"([^\s,]+?)(?=,|: |\.?$| has | and \d)"
 )
-_JOINER = "\u200d"  # of emoji, and of letters of some scripts
 
 
 class Terminal:
@@ -429,7 +443,7 @@ class Terminal:
     Else whole lines are read, and no escape sequence is written.  In a pipe a prompt
     appears together with the answer, so that what comes out reads like a session.
 
-    Threads: all but show() and nudge() is the main thread's.
+    Threads: all but show() and wake() is the main thread's.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -454,12 +468,16 @@ class Terminal:
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
         self._reader = KeyReader() if self._edits else LineReader()
-        self._ahead: deque[str] = deque()  # keys or lines, typed but not used yet
-        self._pasted: deque[str] = deque()  # what comes before them: keys of a paste
-        self._held: list[str] = []  # pasted lines that are asked about
+        # Keys (or lines) are used in this order: the lines that a paste was cut into,
+        # then what came from the keyboard.  Lines that wait for the y of "Send N lines?"
+        # are in neither.
+        self._pasted: deque[str] = deque()
+        self._ahead: deque[str] = deque()
+        self._unconfirmed: list[str] = []
         self._input_ended = False
-        # For the main thread's attention: nudge(), and signals.
-        self._waker, self._wake_receiver = socket.socketpair()
+        self._read_at = 0.0  # when a key came last
+        # For the main thread's attention: wake(), and signals.
+        self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._signals: deque[int] = deque()  # that have come
         self._ending = False  # one of them ends the program
@@ -470,7 +488,7 @@ class Terminal:
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, self._note_signal)
         if self._modes:  # there is something to put in order
-            for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *_GO_ON:
+            for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *_JOB_SIGNALS:
                 signal.signal(number, self._note_signal)
         self._set_modes(self._off)
         return self
@@ -479,17 +497,17 @@ class Terminal:
         self.restore()
         signal.set_wakeup_fd(-1)
         self._waker.close()
-        self._wake_receiver.close()
+        self._woken.close()
 
-    def ask(self, prompt: str, until: Fact = _never) -> str:
+    def ask(self, prompt: str, until: Fact = lambda: False) -> str:
         """Return the line that is typed, "" once `until` is so.  Raises Leave."""
         if not self._edits:
             self._off = _HIDDEN if prompt == PASSWORD else 0
             self._set_modes(self._off)
             if prompt == PASSWORD:  # of which a half line, typed ahead, is no part
-                self._read_out()
+                self._drain_keyboard()
         with self.lock:
-            self._prompt, self._held = prompt, []
+            self._prompt, self._unconfirmed = prompt, []
             self._line = self.draft if prompt == MESSAGE else Line()
             self._draw()
         try:
@@ -502,9 +520,7 @@ class Terminal:
                     return self._answer(key)
                 with self.lock:
                     self._edit(key)
-            with self.lock:  # the line goes: something else comes before it is sent
-                self._write(self._erase())
-                self._prompt = ""
+            self._end_line(stays=False)  # something else comes before it is sent
             return ""
         finally:
             self._end_line()
@@ -515,19 +531,19 @@ class Terminal:
         if key == _PASTED_ENTER:  # what is behind the cursor comes in the last line
             rest, line.after = line.after, ""
         self._end_line(entered=key != "\x04")
-        if self._held:
+        if self._unconfirmed:
             if line.text.strip().lower() in ("y", "yes"):
-                self._send_pasted(self._held)
+                self._queue_pasted(self._unconfirmed)
             return ""
         leaves = line.text.strip().lower() == "q"
-        if key == "\x04" or leaves and not line.was_pasted:
+        if key == "\x04" or leaves and not line.is_text:
             raise Leave
         if prompt == MESSAGE:
             if self._edits and line.text.strip():
                 self._sent.append(line.text)
             self.draft = Line(self._sent)
             self.draft.after = rest
-        return line.text + " " * leaves  # with the blank it is a message
+        return f"{line.text} " if leaves else line.text  # with the blank it is a message
 
     def _edit(self, key: str) -> None:
         """Do what a key asks for, and draw.  Caller holds the lock."""
@@ -550,16 +566,16 @@ class Terminal:
         self._line.before += first
         if self._prompt != MESSAGE:  # where the other lines are of no use
             return
-        self._line.was_pasted = True
+        self._line.is_text = True
         lines = [self._line.before, *more]
         count = sum(line.strip() != "" for line in lines)
         if count > MAX_PASTED_LINES:
-            self._held, self._prompt = [*lines, ""], f"Send {count} lines? [y/N] "
-            self._line = Line()
+            self._unconfirmed, self._line = [*lines, ""], Line()
+            self._prompt = f"Send {count} lines? [y/N] "
         elif more:
-            self._send_pasted(lines)
+            self._queue_pasted(lines)
 
-    def _send_pasted(self, lines: list[str]) -> None:
+    def _queue_pasted(self, lines: list[str]) -> None:
         """Let these be typed next; the last one is not ended yet."""
         self.draft.before = ""
         for line in lines[:-1]:
@@ -579,24 +595,25 @@ class Terminal:
         return (self._pasted or self._ahead).popleft()
 
     def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> bool:
-        """Wait for keys, a nudge or a signal, and take them; tell if one can write now.
+        """Wait for keys, a wake-up or a signal, and take them; tell if one can write now.
 
         Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
         """
-        inputs: list[Any] = [self._wake_receiver]
+        inputs: list[Any] = [self._woken]
         if not (_WINDOWS or self._input_ended or len(self._ahead) >= MAX_TYPED_AHEAD):
             inputs.append(self._keyboard)
-        longest = PASTE_SECONDS if self._reader.pasting else A_DAY
-        timeout = max(0.0, min(seconds, longest))
+        if self._reader.pasting:
+            seconds = min(seconds, self._read_at + PASTE_SECONDS - time.monotonic())
+        timeout = max(0.0, min(seconds, A_DAY))
         readable, ready, _ = select.select(inputs, writable, [], timeout)
-        if self._wake_receiver in readable:
-            self._wake_receiver.recv(READ_BYTES)
+        if self._woken in readable:
+            self._woken.recv(READ_BYTES)
         # Before reading: Ctrl-C empties the system's buffer, and a read might wait.
         self.heed_signals()
         if self._keyboard in readable:
             self._read_keyboard()
-        elif timeout == PASTE_SECONDS and not (readable or ready):  # its end got lost
-            self._ahead += self._reader.feed(_PASTE_END.encode())
+        elif self._reader.pasting and time.monotonic() >= self._read_at + PASTE_SECONDS:
+            self._ahead += self._reader.feed(_PASTE_END.encode())  # its end got lost
         return ready != []
 
     def _read_keyboard(self) -> bool:
@@ -607,6 +624,7 @@ class Terminal:
         # A read that never waits is empty as well if Ctrl-C or Ctrl-Z came before it.
         self._input_ended = not (chunk or self._signals)
         self._ahead += self._reader.feed(chunk)
+        self._read_at = time.monotonic()
         return chunk != b""
 
     def wants_to_leave(self) -> bool:
@@ -616,9 +634,9 @@ class Terminal:
         typed = "".join(key for key in self._ahead if not key.startswith(_PASTED))
         return self._input_ended or _LEAVES.search(typed) is not None
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Let the main thread look at what it waits for.  For any thread."""
-        with suppress(OSError):  # full of nudges, or nobody waits any more
+        with suppress(OSError):  # full of wake-ups, or nobody waits any more
             self._waker.send(b"\0")
 
     def forget_typed(self) -> int:
@@ -627,15 +645,16 @@ class Terminal:
         Returns how many pasted lines were among it.  Raises Leave if it asks for that.
         """
         self.watch(0)  # first: Ctrl-D is one in the modes in which it was typed
-        self._read_out()
-        leaves, unsent = self.wants_to_leave(), self._pasted.count(_PASTED_ENTER)
+        self._drain_keyboard()
+        if self.wants_to_leave():
+            raise Leave
+        # Of those that are asked about, the first is in the editor; the last is "".
+        unsent = self._pasted.count(_PASTED_ENTER) + len(self._unconfirmed[1:-1])
         self._pasted.clear()
         self._ahead.clear()
-        if leaves:
-            raise Leave
         return unsent
 
-    def _read_out(self) -> None:
+    def _drain_keyboard(self) -> None:
         """Read until nothing comes any more; what is half typed is forgotten.
 
         A terminal goes on sending the rest of a long paste after the system's buffer has
@@ -653,7 +672,7 @@ class Terminal:
 
     def _note_signal(self, number: int, _: object) -> None:
         """Note a signal.  The second one that ends the program ends it at once."""
-        if number not in _GO_ON:
+        if number not in _JOB_SIGNALS:
             if self._ending:  # stuck, on a server or on a screen that takes nothing
                 self.restore()
                 os._exit(128 + number)
@@ -666,7 +685,7 @@ class Terminal:
             number = self._signals.popleft()
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            if number not in _GO_ON:
+            if number not in _JOB_SIGNALS:
                 sys.exit(128 + number)
             # In the middle of a paste the shell would get, and run, the rest.
             if number == signal.SIGTSTP and not self._reader.pasting:
@@ -679,12 +698,12 @@ class Terminal:
                 signal.signal(number, handler)
             self._set_modes(self._off)
             with self.lock:
-                if self._prompt and (self._edits or number != signal.SIGWINCH):
+                if self._prompt and (self._edits or not self._shown[0]):
                     self._draw()
 
     def restore(self) -> None:
         """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
-        self._read_out()
+        self._drain_keyboard()
         self._set_modes(0)
 
     def _set_modes(self, off: int) -> bool:
@@ -703,9 +722,10 @@ class Terminal:
             # At once: output that is paused must not hold this up.
             termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
         wanted = self._edits and off != 0
+        if wanted == self._brackets:
+            return True
         # A signal handler may be here because the screen takes nothing any more.
-        ready = select.select([], [self._screen], [], QUIET_SECONDS)[1]
-        if wanted != self._brackets and ready:
+        if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
             self._write("\x1b[?2004h" if wanted else "\x1b[?2004l")
             self._brackets = wanted
         return True
@@ -728,30 +748,31 @@ class Terminal:
     def _paint(self, line: str) -> str:
         """Return a line from the server as it is shown, with what the flags ask for."""
         mark, name, text, private = protocol.parse_server_line(line)
-        names = [name, *(_NAMES.findall(text) if mark == "*" else [])]
+        # Of a message of the past only its author: what follows is free text.
+        told = text.partition(": ")[0] + ": " if text.startswith("[") else text
+        names = [name, *(_NAMES.findall(told) if mark == "*" else [])]
         self._names += [n for n in names if 0 < len(n) <= protocol.MAX_NAME_CHARS]
         rings = private or name and self._mention.search(text)
         bell = "\a" if rings and self._options.bell and sys.stdout.isatty() else ""
         now = time.strftime("%H:%M ") if self._options.times else ""
         if not self._colours:
             return f"{bell}{now}{line}"
-        said = self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
-        if mark:
-            line = f"\x1b[{_STYLES[mark]}m{line}\x1b[m"
-        elif private:
-            line = f"\x1b[{_STYLES['private']}m{line.removesuffix(text)}{said}\x1b[m"
+        said = text if mark else self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
+        if mark or private:
+            style = _STYLES[mark or "private"]
+            line = f"\x1b[{style}m{line.removesuffix(text)}{said}\x1b[m"
         elif name:
             colour = _NAME_COLOURS[sum(name.encode()) % len(_NAME_COLOURS)]
             line = f"\x1b[{colour}m{name}\x1b[m: {said}"
         return f"{bell}{now}{line}"
 
-    def _end_line(self, *, entered: bool = False) -> None:
+    def _end_line(self, *, entered: bool = False, stays: bool = True) -> None:
         """Let the line stay, whole, and go on below it; again does nothing."""
         with self.lock:
             if not self._prompt:
                 return
             hidden = self._prompt == PASSWORD
-            if self._edits or entered and not self.person:
+            if stays and self._edits or entered and not self.person:
                 text = "" if hidden else protocol.clean(self._line.text)
                 self._write(f"{self._erase()}{self._prompt}{text}\n")
             elif hidden or not entered:  # else the system has shown the Enter
@@ -816,9 +837,10 @@ def _width_at(text: str, place: int) -> int:
     """Return how many cells of the screen text[place] takes: 0, 1 or 2."""
     char = text[place]
     category = unicodedata.category(char)
-    # Joined emoji take those of one; letters that are joined stand side by side.
-    joined = category == "So" and text[place - 1 : place] == _JOINER
-    if joined or category in ("Mn", "Me", "Cf"):
+    # Emoji joined by U+200D take the cells of one; letters so joined stand side by side.
+    joined = category == "So" and text[place - 1 : place] == "\u200d"
+    jamo = "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7ff"  # medial, final
+    if joined or jamo or category in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
@@ -856,7 +878,7 @@ class Line:
     def __init__(self, earlier: Iterable[str] = ()) -> None:
         """earlier: what Up goes through, the latest last."""
         self.before = self.after = ""
-        self.was_pasted = False  # what was done last
+        self.is_text = False  # a q in it too: pasted or recalled just now
         self._drafts = [*earlier, ""]
         self._recalled = len(self._drafts) - 1
         self._fitting: Iterator[str] | None = None  # names, for Tab once more
@@ -867,7 +889,7 @@ class Line:
 
     def edit(self, key: str) -> None:
         """Do what a key asks for; one without a meaning does nothing."""
-        self.was_pasted, self._fitting = False, None
+        self.is_text, self._fitting = False, None
         text, start = self.text, len(self.before)
         if key in _KEYS:
             by, gap, cuts = _KEYS[key]
@@ -879,12 +901,13 @@ class Line:
             recalled = self._recalled + _RECALLS[key]
             self._recalled = min(max(0, recalled), len(self._drafts) - 1)
             self.before, self.after = self._drafts[self._recalled], ""
+            self.is_text = self._recalled < len(self._drafts) - 1
         elif key >= " " and key[0] != "\x1b":
             self.before += protocol.clean(key)
 
     def complete(self, names: list[str]) -> None:
         """Complete one of the names; once more: the next one that fits."""
-        self.was_pasted = False
+        self.is_text = False
         # Once more, the name that was put in is the stem, and is replaced.
         stem = self.before.rpartition(" ")[2]
         if self._fitting is None:
@@ -933,7 +956,7 @@ _KEYS = {
         (-1, r"\s", "", "\x17"),
     ]
     for cuts in (False, True)
-    for key in keys[cuts].split(" ")
+    for key in keys[cuts].split(" ")  # not split(): Ctrl-K counts as a blank there
 }  # fmt: skip
 _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
 

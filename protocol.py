@@ -30,12 +30,17 @@ MAX_NAME_CHARS = 32
 QUIT_LINES = frozenset({b"q", b"Q"})
 RESERVED_NAMES = frozenset({"you", "server", "q"})
 PASSWORD_CHARS = range(8, 129)  # fewer are guessed, more are no safer
-# How the refusal for want of room begins: the client need not try again at once.
+# How the refusal for want of room begins; the client shows it and ends.
 FULL = "The chat is full"
 
 
 class ProtocolError(ValueError):
     """A line that is refused; str() of it is the reason, to be shown to its author."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return why the system refused something, in its own words, without a number."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 class LineSplitter:
@@ -113,7 +118,7 @@ def decode_shown(line: bytes) -> str:
 
 def check_password(line: bytes) -> bytes:
     """Return a password to be kept.  Raises ProtocolError if it may not be used."""
-    decode_message(line)
+    decode_message(line)  # raises it: too long, or not UTF-8
     if len(line.decode(ENCODING)) not in PASSWORD_CHARS:
         shortest, longest = PASSWORD_CHARS[0], PASSWORD_CHARS[-1]
         raise ProtocolError(f"A password has {shortest} to {longest} characters.")

@@ -105,7 +105,7 @@ names-folded-once: test_the_key_of_a_key_is_itself
 - for _ in range(2):
 + for _ in range(1):
 names-shown-without-nfkc: test_a_name_is_trimmed_and_brought_to_nfkc
-- name = unicodedata.normalize("NFKC", text.strip())
+- name = unicodedata.normalize("NFKC", text.strip()[: 4 * MAX_NAME_CHARS + 1])
 + name = text.strip()
 reserved-names-in-capitals-allowed: test_a_name_that_is_reserved
 - if name_key(name) in RESERVED_NAMES:
@@ -341,15 +341,15 @@ batch-said-after-its-commands: test_what_two_say_to_each_other_and_to_all_keeps_
 """
 
 CLIENT_MUTANTS = r"""
-main-thread-not-nudged: test_killed_server_is_told_within_a_second
+main-thread-not-woken: test_killed_server_is_told_within_a_second
 -             self._end = end
--             self._terminal.nudge()
+-             self._terminal.wake()
 +             self._end = end
 full-server-not-noticed: test_full_server_says_so_once_1_was_chosen
 - self._full = line
 + pass
 no-reconnect: test_connection_that_ended_at_the_menu_or_at_the_name
--                 self._connect(LEAVE_SECONDS)
+-                 self._connect(RECONNECT_SECONDS)
 +                 raise OSError("no")
 no-look-at-the-menu: test_server_that_cannot_be_reached_again
 -             self._status = 1  # until it is in
@@ -416,10 +416,10 @@ password-typed-ahead-said: test_password_in_the_chat_is_hidden
 -             self._terminal.forget_typed()  # the
 +             pass  # the
 earlier-refusal-taken-for-the-answer: test_piped_password_is_said
-- self._exchange(text, about=(f"! {command}", "! That line is "))
+- self._exchange(text, about=(f"! {reason}",))
 + self._exchange(text)
 pasted-q-without-blank: test_pasted_q_is_text
-- return line.text + " " * leaves
+- return f"{line.text} " if leaves else line.text
 + return line.text
 interrupt-while-importing-told: test_ctrl_c_while_python_imports
 -     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
@@ -465,8 +465,8 @@ colours-in-spite-of-no-color: test_no_color_means_no_colours
 - not os.environ.get("NO_COLOR")
 + True
 private-like-public: test_private_messages_and_the_own_name_stand_out
--         elif private:
-+         elif False:
+-         if mark or private:
++         if mark:
 own-name-like-any-word: test_private_messages_and_the_own_name_stand_out
 - rf"(?<!\w){re.escape(unicodedata.normalize('NFKC', name))}(?!\w)"
 + re.escape(name)
@@ -491,8 +491,8 @@ no-means-yes: test_no_to_a_long_paste
 - in ("y", "yes")
 + in ("y", "yes", "")
 paste-never-ends: test_paste_without_an_end_is_taken
-- longest = PASTE_SECONDS if self._reader.pasting else A_DAY
-+ longest = A_DAY
+-         elif self._reader.pasting and time.monotonic() >= self._read_at + PASTE_SECONDS:
++         elif False:
 paste-not-cleaned: test_pasted_q_is_text_as_all_that_is_pasted
 - first, *more = map(protocol.clean, 
 + first, *more = map(str, 
@@ -500,7 +500,7 @@ brackets-left-on: test_leaving_at_a_terminal
 - "\x1b[?2004h" if wanted else "\x1b[?2004l"
 + "\x1b[?2004h"
 typed-ahead-left-for-the-shell: test_what_is_typed_ahead
--         self._read_out()
+-         self._drain_keyboard()
 -         self._set_modes(0)
 +         self._set_modes(0)
 rest-of-a-paste-left-for-the-shell: test_paste_that_goes_on_after_the_end
@@ -515,14 +515,14 @@ modes-not-restored-by-second-ctrl-c: test_what_is_typed_ahead
 -                 os._exit
 +                 os._exit
 termination-not-noticed: test_client_that_is_terminated
-- for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *_GO_ON:
-+ for number in _GO_ON:
+- for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *_JOB_SIGNALS:
++ for number in _JOB_SIGNALS:
 tab-only-once: test_tab_completes
 - self._fitting = cycle(fitting)
 + self._fitting = iter([fitting[0]] * 9)
 prompts-not-echoed: test_piped_session_reads_like_one_at_a_terminal
-- if self._edits or entered and not self.person:
-+ if self._edits:
+- if stays and self._edits or entered and not self.person:
++ if stays and self._edits:
 prompts-before-the-answer: test_prompt_in_a_pipe_appears_only_with_its_answer
 - prompt = self._prompt if self.person else ""
 + prompt = self._prompt

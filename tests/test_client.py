@@ -1599,20 +1599,21 @@ def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) ->
 
 
 @pytest.mark.parametrize(
-    ("refused", "heard", "status"),
+    ("line", "refused", "heard"),
     [
-        ("/foo is no command.", [PASSWORD, "q"], 0),
-        ("/register is no command.", [], 1),
-        ("That line is longer than 4096 bytes.", [], 1),
+        ("/register", "/registers is no command.", [PASSWORD, "q"]),
+        ("/register", "That line is longer than 4096 bytes.", [PASSWORD, "q"]),
+        ("/register", "/register is no command.", []),
+        ("/register " + "x" * 4096, "That line is longer than 4096 bytes.", []),
     ],
-    ids=["an earlier line", "the command", "its line"],
+    ids=["an earlier line", "an earlier long one", "the command", "its line"],
 )
 def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
-    puppet: Puppet, refused: str, heard: list[str], status: int
+    puppet: Puppet, line: str, refused: str, heard: list[str]
 ) -> None:
-    piped = puppet.piped(f"1\nAlex\n/foo\n/register\n{PASSWORD}\nq\n")
+    piped = puppet.piped(f"1\nAlex\n/foo\n{line}\n{PASSWORD}\nq\n")
     caller = puppet.welcome()
-    assert caller.lines(2) == ["/foo", "/register"]
+    assert caller.lines(2)[0] == "/foo"
 
     caller.say(f"! {refused}")
     if heard:
@@ -1621,7 +1622,7 @@ def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
     assert caller.rest() == heard
     caller.close()
     ended, output = piped.end()
-    assert ended == status
+    assert ended == (0 if heard else 1)
     assert ("Password: " in output) == (heard != [])
     assert PASSWORD not in "\n".join(output)
 
