@@ -543,7 +543,8 @@ class Terminal:
                 self._sent.append(line.text)
             self.draft = Line(self._sent)
             self.draft.after = rest
-        return f"{line.text} " if leaves else line.text  # with the blank it is a message
+        # With a blank behind it a q is a message.
+        return f"{line.text} " if leaves else line.text
 
     def _edit(self, key: str) -> None:
         """Do what a key asks for, and draw.  Caller holds the lock."""
