@@ -120,8 +120,7 @@ def test_a_shutdown_is_over_once_all_clients_have_hung_up(
     start_room: StartRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many lines one of them has sent, faster than it may; nobody comes in."""
-    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 60)  # instead of 1.3
-    monkeypatch.setattr(server, "HANG_UP_SECONDS", 60)  # instead of 0.5
+    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 60)  # instead of 1
     monkeypatch.setattr(server, "THROTTLE_PAUSE_SECONDS", 60)  # instead of 0.05
     room = start_room(lines_per_second=1)
     alex, bob = room.members("Alex", "Bob")
@@ -236,7 +235,7 @@ def test_a_bug_in_sending_or_writing_ends_the_server_in_order(
 
 def test_a_bug_in_sending_hangs_nobody_who_waits(start_server: StartServer) -> None:
     """Neither for room in the outbox, nor for the last line to one that leaves."""
-    patch = f"server.LINGER_SECONDS = 60; server.HANG_UP_SECONDS = 0.1\n{SENDING}"
+    patch = f"server.LEAVE_SECONDS = 60; server.SHUTDOWN_SECONDS = 0.1\n{SENDING}"
     chat = start_server("--rate", "0", "--quiet", patch=patch, small_buffers=True)
     alex, *writers = chat.members("Alex", "Writer1", "Writer2", "Writer3")
     chat.slow_member().send(b"\xff\n" * 1000 + b"q\n")
