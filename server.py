@@ -123,7 +123,6 @@ MAX_HASHES_AT_ONCE = 2
 # The errors of accept(2) that tell of a bug; all others pass.
 BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
 
-RESET = errno.ECONNRESET
 FOREVER = float("inf")
 # Where there is only select(), on Windows, it takes no more than 512 sockets.
 ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
@@ -139,7 +138,7 @@ class _Client:
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
         self.socket = client_socket
-        self.send = _sender(client_socket)
+        self.send = client_socket.send if MSG_DONTWAIT else _sender(client_socket)
         self.peer = peer  # "address:port"
         self.thread: threading.Thread  # its handler
         self.name = ""  # until it has joined
@@ -149,11 +148,16 @@ class _Client:
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
         # The broadcaster's own: the offset in the stream up to which this client has
-        # been sent all, and the spots behind it where it sees its own face of an entry
-        # instead of the bytes from start to end.
+        # been sent all; what it is sent ahead of all behind that, parts of the stream
+        # and its own faces of entries, and the offset from which it goes on then.
         self.place = OUTSIDE
-        self.spots: deque[tuple[int, int, bytes]] = deque()  # start, end, face
-        self.spot_bytes = 0  # of memory
+        self.ahead: deque[range | bytes] = deque()
+        self.after = OUTSIDE
+        self.face_bytes = 0
+
+    def own_bytes(self) -> int:
+        """Return how many bytes of memory it takes that it shares with no other one."""
+        return ENTRY_BYTES * len(self.ahead) + self.face_bytes
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
@@ -265,42 +269,41 @@ class ChatServer:
         return FOREVER
 
     def _accept_one(self) -> None:
-        """Raises OSError or RuntimeError if the system lacks something."""
+        """Give a client a handler, or turn it away.
+
+        Raises OSError or RuntimeError if the system lacks something.
+        """
         client_socket, address = self._listener.accept()
         if not address:  # macOS has none for a peer that is gone again
             client_socket.close()
             return
         client = _Client(client_socket, _format_address(address))
-        if not self._make_room(client):
-            self._turn_away(client)
-            return
-        client.thread = threading.Thread(
-            target=self.handle_client, args=(client_socket,)
-        )
-        try:
-            client.thread.start()
-        except RuntimeError:  # the system has no more threads
-            with self._lock:
-                self._unjoined.pop(client, None)
-                del self._connections[client_socket]
-            self._turn_away(client)
-            raise
+        handler = threading.Thread(target=self.handle_client, args=(client_socket,))
+        client.thread = handler
+        with self._lock:  # the handler waits for it
+            try:
+                if self._make_room():
+                    handler.start()
+                    self._connections[client_socket] = client
+                    self._unjoined[client] = time.monotonic() + JOIN_SECONDS
+            finally:
+                if client not in self._unjoined:  # also if there are no more threads
+                    told = f"Refused {client}: the chat is full"
+                    full = protocol.refusal(f"{protocol.FULL}, please try again later.")
+                    self._outbox.append(_Entry(client, b"", full, leaves=True), told)
 
-    def _make_room(self, client: _Client) -> bool:
-        """Enter a new connection, in place of one that has not joined if need be.
+    def _make_room(self) -> bool:
+        """End the oldest that has not joined if need be; False if all are members.
 
-        Returns False if the chat is full of members.
+        Caller holds _lock.
         """
-        with self._lock:
-            if len(self._connections) >= 2 * self._max_clients:
-                return False  # there are handlers that have not ended yet
-            if len(self.clients) + len(self._unjoined) >= self._max_clients:
-                oldest = next(iter(self._unjoined), None)
-                if not oldest:
-                    return False
-                self._drop_unjoined(oldest, "not joined, and others need the room")
-            self._connections[client.socket] = client
-            self._unjoined[client] = time.monotonic() + JOIN_SECONDS
+        if len(self._connections) >= 2 * self._max_clients:
+            return False  # there are handlers that have not ended yet
+        if len(self.clients) + len(self._unjoined) >= self._max_clients:
+            oldest = next(iter(self._unjoined), None)
+            if not oldest:
+                return False
+            self._drop_unjoined(oldest, "not joined, and others need the room")
         return True
 
     def _drop_unjoined(self, client: _Client, why: str) -> None:
@@ -311,13 +314,6 @@ class ChatServer:
         self._outbox.append(_Entry(client, b"", reason))
         _shut(client.socket, socket.SHUT_RD)  # wakes its handler
 
-    def _turn_away(self, client: _Client) -> None:
-        """Tell a newcomer that there is no room; it has no handler."""
-        reason = protocol.refusal(f"{protocol.FULL}, please try again later.")
-        with self._lock:
-            told = f"Refused {client}: the chat is full"
-            self._outbox.append(_Entry(client, b"", reason, leaves=True), told)
-
     # --- one client: its handler ----------------------------------------------------
 
     def handle_client(self, client_socket: socket.socket) -> None:
@@ -325,7 +321,8 @@ class ChatServer:
 
         Reads and checks; what is to be sent goes into the outbox.
         """
-        client = self._connections[client_socket]
+        with self._lock:
+            client = self._connections[client_socket]
         self._tell(f"New connection from {client}")
         try:
             _set_options(client_socket)
@@ -383,11 +380,13 @@ class ChatServer:
                     closed.wait(THROTTLE_PAUSE_SECONDS)
                 if client.dropped or closed.is_set():
                     return
-                if lines and _is_reset(client.socket):
-                    now = time.monotonic()
-                    read_until = min(read_until, now + GONE_SECONDS)
-                    if now > read_until:
-                        raise ConnectionResetError(RESET, os.strerror(RESET))
+                try:
+                    if lines:
+                        client.socket.getpeername()
+                except OSError:  # it is gone for good, and raises no error before EOF
+                    read_until = min(read_until, time.monotonic() + GONE_SECONDS)
+                    if time.monotonic() > read_until:
+                        raise
 
     def _ask_name(self, client: _Client) -> bool:
         """Read until a line is a name that may be used; False if none comes."""
@@ -412,7 +411,6 @@ class ChatServer:
         """
         account = None
         if self._database and (account := self._database.account(name)):
-            self._check_free(name)
             question = f"The name {name} is kept for its owner. What is the password?"
             self._reply(client, protocol.question(question))
             line = next(client.lines, None)
@@ -421,10 +419,6 @@ class ChatServer:
             if not self._database.is_password(account, line, client):
                 raise ProtocolError(f"That is not the password of {name}.")
         return self._join(client, name, account)
-
-    def _check_free(self, name: str) -> None:
-        if protocol.name_key(name) in self._owners:
-            raise ProtocolError(f"The name {name} is taken.")
 
     def _join(self, client: _Client, name: str, account: bytes | None) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
@@ -438,7 +432,8 @@ class ChatServer:
             # The wait comes first: what is looked at behind it stays as it is.
             if not self._outbox.wait_for_room(entry) or client not in self._unjoined:
                 return False
-            self._check_free(name)
+            if protocol.name_key(name) in self._owners:
+                raise ProtocolError(f"The name {name} is taken.")
             if self._database and self._database.account(name) is not account:
                 raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
@@ -504,9 +499,9 @@ class ChatServer:
         encoded = "".join(lines).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
-    def _reply(self, client: _Client, line: bytes) -> bool:
-        """Send a client a line of its own; False if it has left."""
-        return self._submit(_Entry(client, b"", line))
+    def _reply(self, client: _Client, line: bytes) -> None:
+        """Send a client a line of its own."""
+        self._submit(_Entry(client, b"", line))
 
     def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
@@ -530,8 +525,7 @@ class ChatServer:
     def _answer(self, client: _Client, notices: Iterable[str]) -> None:
         """Send a member notices of its own, each of them made once there is room."""
         for notice in notices:
-            if not self._reply(client, protocol.notice(notice)):
-                return
+            self._reply(client, protocol.notice(notice))
 
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
@@ -795,32 +789,31 @@ class _Broadcaster:
             if client:
                 self._clients[client] = None
             for each in [client] if client else self._clients:
-                self._add_spot(each, start, entry)
-            if entry.leaves and client:
+                self._queue_face(each, start, entry)
+            if entry.leaves and not client:
+                self._end_at = time.monotonic() + SHUTDOWN_SECONDS
+            elif entry.leaves and client:
                 client.socket.setblocking(False)
                 self._leaving[client] = time.monotonic() + LEAVE_SECONDS
-            elif entry.leaves:
-                self._end_at = time.monotonic() + SHUTDOWN_SECONDS
+                if client.place == OVER:
+                    self._stop_sending(client)
         return size
 
-    def _add_spot(self, client: _Client, start: int, entry: _Entry) -> None:
+    def _queue_face(self, client: _Client, start: int, entry: _Entry) -> None:
         """Have a client see its own face of an entry, which begins at start."""
-        last = client.spots[-1][1] if client.spots else client.place
-        start = max(start, last)  # outside of the stream it stays where it is
-        end = (
-            OVER
-            if entry.leaves
-            else self._end
-            if entry.joins
-            else max(start, self._end)
-        )
-        face = entry.to_self
-        if client.spots and last == start and not face:
-            first, _, seen = client.spots[-1]
-            client.spots[-1] = first, end, seen  # its own lines one after the other
-        else:
-            client.spots.append((start, end, face))
-            client.spot_bytes += ENTRY_BYTES + len(face)
+        if not client.ahead:
+            client.after = client.place
+        if client.after < start:
+            client.ahead.append(range(client.after, start))
+        if entry.to_self:
+            client.ahead.append(entry.to_self)
+            client.face_bytes += len(entry.to_self)
+        if entry.leaves:
+            client.after = OVER
+        elif entry.joins or client.after < self._end:
+            client.after = self._end
+        if not client.ahead:
+            client.place = client.after
 
     def _give_turns(self, clients: Iterable[_Client]) -> None:
         """Send each client what it has not had, as much as its socket takes at once.
@@ -829,14 +822,14 @@ class _Broadcaster:
         """
         place, block = self._end, bytearray()  # members at one place share one block
         for client in clients:
-            if client.spots:
+            if client.ahead:
                 data = self._unsent(client)
             elif client.place >= self._end:
                 continue
             else:
                 if client.place != place:
                     place = client.place
-                    block = self._slice(place, self._end)
+                    block = self._slice(range(place, self._end))
                 data = block
             try:
                 sent = client.send(data, MSG_DONTWAIT) if data else 0
@@ -846,52 +839,47 @@ class _Broadcaster:
                 client.lost = error.strerror or str(error)
                 self._stop_sending(client)
                 continue
-            if client.spots:
+            if client.ahead:
                 self._advance(client, sent)
             else:
                 client.place += sent
-            if client.place != self._end or client.spots or client in self._slow:
+            if client.place != self._end or client.ahead or client in self._slow:
                 self._note_progress(client)
 
-    def _slice(self, start: int, end: int) -> bytearray:
-        """Return this part of the stream, as much of it as one send offers."""
+    def _slice(self, part: range) -> bytearray:
+        """Return a part of the stream, as much of it as one send offers."""
         first = self._end - len(self._stream)
-        return self._stream[start - first : min(end, start + TURN_BYTES) - first]
+        return self._stream[part.start - first : part[:TURN_BYTES].stop - first]
 
     def _unsent(self, client: _Client) -> bytearray:
-        """Return the next bytes for a client that has spots."""
-        data, place = bytearray(), client.place
-        for start, end, face in chain(client.spots, [(self._end, self._end, b"")]):
-            data += self._slice(place, start)
-            if len(data) < TURN_BYTES:
-                data += face[:TURN_BYTES]
+        """Return the next bytes for a client that has something ahead."""
+        data = bytearray()
+        for piece in chain(client.ahead, [range(client.after, self._end)]):
             if len(data) >= TURN_BYTES:
                 break
-            place = end
+            data += self._slice(piece) if isinstance(piece, range) else piece
         return data
 
     def _advance(self, client: _Client, sent: int) -> None:
-        """Move the place of a client that has spots past what its socket took."""
-        while client.spots:
-            start, end, face = client.spots[0]
-            size = start - client.place + len(face)
-            if sent < size:
-                taken = max(0, sent - (start - client.place))  # of this face
-                client.spots[0] = start, end, face[taken:]
-                client.spot_bytes -= taken
-                sent -= taken
-                break
-            client.spots.popleft()
-            client.spot_bytes -= ENTRY_BYTES + len(face)
-            client.place = end
-            sent -= size
-        client.place += sent
+        """Move the place of such a client past what its socket took."""
+        while client.ahead:
+            piece = client.ahead.popleft()
+            taken = min(sent, len(piece))
+            if isinstance(piece, range):
+                client.place = piece.start + taken
+            else:
+                client.face_bytes -= taken
+            if taken < len(piece):
+                client.ahead.appendleft(piece[taken:])
+                return
+            sent -= taken
+        client.place = client.after + sent
 
     def _note_progress(self, client: _Client) -> None:
         """Watch the socket of a client that is behind, and only of such a client."""
         if client.place == OVER:
             self._stop_sending(client)
-        elif client.place >= self._end and not client.spots:
+        elif client.place >= self._end and not client.ahead:
             self._unwatch(client)
         elif client not in self._slow:
             self._slow[client] = None
@@ -906,15 +894,15 @@ class _Broadcaster:
         """
         place, most, own = self._passed, 0, 0
         for client in tuple(self._slow):
-            unsent = max(0, self._end - client.place) + client.spot_bytes
+            unsent = max(0, self._end - client.place) + client.own_bytes()
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
             else:
                 place, most = min(place, client.place), max(most, unsent)
-                own += client.spot_bytes
+                own += client.own_bytes()
         if own > MAX_OWN_BYTES:
-            greediest = max(self._slow, key=lambda client: client.spot_bytes)
-            self._drop(greediest, f"{greediest.spot_bytes} bytes waited for it alone")
+            greediest = max(self._slow, key=_Client.own_bytes)
+            self._drop(greediest, f"{greediest.own_bytes()} bytes waited for it alone")
         del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
@@ -930,8 +918,8 @@ class _Broadcaster:
         """End our side of a connection; what the peer has sent can still be read."""
         self._unwatch(client)
         client.place = OVER
-        client.spots.clear()
-        client.spot_bytes = 0
+        client.ahead.clear()
+        client.face_bytes = 0
         _shut(client.socket, socket.SHUT_WR)
         if client in self._leaving:
             self._watch(client, selectors.EVENT_READ)
@@ -1085,15 +1073,6 @@ def _has_ended(client_socket: socket.socket) -> bool:
         return False
     except OSError:
         return True
-
-
-def _is_reset(client_socket: socket.socket) -> bool:
-    """Tell whether a peer is gone for good; what it had sent can still be read."""
-    try:
-        client_socket.getpeername()
-    except OSError:
-        return True
-    return False
 
 
 def _format_address(address: tuple[str, int]) -> str:
