@@ -49,6 +49,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from itertools import chain, groupby, islice, repeat, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,7 +139,11 @@ class _Client:
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
         self.socket = client_socket
-        self.send = client_socket.send if MSG_DONTWAIT else _sender(client_socket)
+        # Sends as much as the socket takes at once.  The socket stays blocking: its
+        # handler waits in recv() at the same time.
+        self.send: Callable[[bytes | bytearray, int], int] = client_socket.send
+        if not MSG_DONTWAIT:
+            self.send = partial(_send_a_little, client_socket)
         self.peer = peer  # "address:port"
         self.thread: threading.Thread  # its handler
         self.name = ""  # until it has joined
@@ -170,9 +175,7 @@ class _Entry(NamedTuple):
     to_others: bytes
     to_self: bytes = b""
     joins: bool = False  # from here on it gets the stream
-    leaves: bool = (
-        False  # from here on it gets nothing, and nobody else uses its socket
-    )
+    leaves: bool = False  # here it gets the last thing, and its handler ends
 
     def size(self) -> int:
         """Return how many bytes of memory it takes."""
@@ -207,7 +210,7 @@ class ChatServer:
         self.address = _format_address(self._listener.getsockname())
         self._accepts = True  # as far as the terminal was told
         self._arrivals = _Selector()  # watches the listener; stop() wakes it
-        self._arrivals.register(self._listener, selectors.EVENT_READ)
+        self._arrivals.register(self._listener, selectors.EVENT_READ, self._listener)
         self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
 
         # Guards the names below, and the outbox, which change together.  Held for table
@@ -400,7 +403,7 @@ class ChatServer:
             if tried == MAX_NAMES_TRIED:
                 reason += f" ({tried} of {tried} tries on this connection)"
             self._tell(f"Refused {client}: {reason}")
-            self._reply(client, protocol.refusal(reason))
+            self._reply(client, [protocol.refusal(reason)])
         return False
 
     def _admit(self, client: _Client, name: str) -> bool:
@@ -412,7 +415,7 @@ class ChatServer:
         account = None
         if self._database and (account := self._database.account(name)):
             question = f"The name {name} is kept for its owner. What is the password?"
-            self._reply(client, protocol.question(question))
+            self._reply(client, [protocol.question(question)])
             line = next(client.lines, None)
             if line is None:
                 return False
@@ -427,10 +430,9 @@ class ChatServer:
         taken, or kept by another password by now.
         """
         joined = f"{name} has joined the chat."
-        entry = _Entry(client, protocol.notice(joined), joins=True)
         with self._lock:
             # The wait comes first: what is looked at behind it stays as it is.
-            if not self._outbox.wait_for_room(entry) or client not in self._unjoined:
+            if not self._outbox.wait_for_room() or client not in self._unjoined:
                 return False
             if protocol.name_key(name) in self._owners:
                 raise ProtocolError(f"The name {name} is taken.")
@@ -444,15 +446,15 @@ class ChatServer:
             self.clients[name] = client.socket
             client.name = name
             notices = b"".join(map(protocol.notice, welcome))
-            self._outbox.append(entry._replace(to_self=notices), f"User {joined}")
+            entry = _Entry(client, protocol.notice(joined), notices, joins=True)
+            self._outbox.append(entry, f"User {joined}")
         return True
 
     def _greeting(self, name: str) -> str:
         """Caller holds _lock."""
-        names = ", ".join(islice(self.clients, MAX_NAMES_LISTED))
+        names = ", ".join(islice(self.clients, MAX_NAMES_LISTED)) or "nobody yet"
         more = len(self.clients) - MAX_NAMES_LISTED
-        others = f"{names} and {more} more" if more > 0 else names
-        online = others or "nobody yet"
+        online = f"{names} and {more} more" if more > 0 else names
         return f"Welcome, {name}! /help lists the commands. Also online: {online}."
 
     def _obey(self, client: _Client, line: bytes) -> None:
@@ -462,19 +464,16 @@ class ChatServer:
             if command:
                 self._say(client)
                 if command not in self._commands:
-                    word = command[: protocol.MAX_NAME_CHARS]
-                    # The word comes first: our client looks for it.
-                    raise ProtocolError(
-                        f"{word} is no command: see /help (//TEXT says /TEXT)."
-                    )
-                obey, _, _ = self._commands[command]
-                obey(self, client, text)
+                    word = command[: protocol.MAX_NAME_CHARS]  # first: our client looks
+                    reason = "is no command: see /help (//TEXT says /TEXT)."
+                    raise ProtocolError(f"{word} {reason}")
+                self._commands[command][0](self, client, text)
             elif text:
                 client.said.append(text)
         except ProtocolError as error:
             self._say(client)
             self._tell(f"Refused a line from {client}: {error}")
-            self._reply(client, protocol.refusal(error))
+            self._reply(client, [protocol.refusal(error)])
 
     def _say(self, client: _Client) -> None:
         """Pass on what a member has said in the lines that came together."""
@@ -499,9 +498,10 @@ class ChatServer:
         encoded = "".join(lines).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
-    def _reply(self, client: _Client, line: bytes) -> None:
-        """Send a client a line of its own."""
-        self._submit(_Entry(client, b"", line))
+    def _reply(self, client: _Client, lines: Iterable[bytes]) -> None:
+        """Send a client lines of its own, each of them made once there is room."""
+        for line in lines:
+            self._submit(_Entry(client, b"", line))
 
     def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
@@ -512,7 +512,7 @@ class ChatServer:
         client = entry.client
         assert client
         with self._lock:
-            has_room = self._outbox.wait_for_room(entry)
+            has_room = self._outbox.wait_for_room(entry.size())
             if not has_room or client.socket not in self._connections:
                 return False
             self._outbox.append(entry, told)
@@ -522,18 +522,14 @@ class ChatServer:
 
     # --- commands -------------------------------------------------------------------
 
-    def _answer(self, client: _Client, notices: Iterable[str]) -> None:
-        """Send a member notices of its own, each of them made once there is room."""
-        for notice in notices:
-            self._reply(client, protocol.notice(notice))
-
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
         heads = chain([f"{len(names)} online:"], repeat("…"))
         firsts = range(0, len(names), MAX_NAMES_LISTED)
         rows = (", ".join(names[first : first + MAX_NAMES_LISTED]) for first in firsts)
-        self._answer(client, (f"{head} {row}" for row, head in zip(rows, heads)))
+        answer = (protocol.notice(f"{head} {row}") for row, head in zip(rows, heads))
+        self._reply(client, answer)
 
     def _msg(self, client: _Client, rest: str) -> None:
         name, _, text = rest.partition(" ")
@@ -548,7 +544,8 @@ class ChatServer:
 
     def _help(self, client: _Client, _: str) -> None:
         rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
-        self._answer(client, [*rows, "q, alone on its line: leaves the chat"])
+        rows.append("q, alone on its line: leaves the chat")
+        self._reply(client, map(protocol.notice, rows))
 
     def _history(self, client: _Client, rest: str) -> None:
         assert self._database
@@ -558,22 +555,25 @@ class ChatServer:
         most = min(int(number), MAX_HISTORY)
         with self._lock:
             messages = self._database.history(most)
-        self._answer(client, messages or ["Nothing has been said yet."])
+        messages = messages or ["Nothing has been said yet."]
+        self._reply(client, map(protocol.notice, messages))
 
     def _register(self, client: _Client, _: str) -> None:
         assert self._database
         question = f"Which password shall keep the name {client.name} for you?"
-        self._reply(client, protocol.question(question))
+        self._reply(client, [protocol.question(question)])
         if (line := next(client.lines, None)) is not None:
             self._database.change(client, protocol.check_password(line))
-            self._answer(client, [f"The name {client.name} is now kept for you."])
+            kept = f"The name {client.name} is now kept for you."
+            self._reply(client, [protocol.notice(kept)])
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
         if not self._database.account(client.name):
             raise ProtocolError(f"The name {client.name} is not kept.")
         self._database.change(client, None)
-        self._answer(client, [f"The name {client.name} is no longer kept."])
+        free = f"The name {client.name} is no longer kept."
+        self._reply(client, [protocol.notice(free)])
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a client off the list, tell the others that a member has left, hand over.
@@ -659,13 +659,12 @@ class _Outbox:
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def wait_for_room(self, entry: _Entry) -> bool:
+    def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
         """Wait until an entry may be appended; False once the outbox is closed.
 
         One that says much may fill only half of the outbox: the other half keeps the
         way free for all that just say something.
         """
-        size = entry.size()
         most = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size
 
         def fits() -> bool:
@@ -717,9 +716,7 @@ class _Broadcaster:
         self._clients: dict[_Client, None] = {}  # all that had an entry, until closed
         self._selector = outbox.selector
         self._slow: dict[_Client, None] = {}  # watched until their sockets take more
-        self._leaving: dict[
-            _Client, float
-        ] = {}  # have no handler → to be closed by then
+        self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
         self._pass_again = False  # some members had their turn before the last look
         self._passed = 0  # the place up to which all but the slow ones have been sent
         self._pass_at = 0.0  # no pass before then
@@ -757,8 +754,7 @@ class _Broadcaster:
                 until = min(until, self._pass_at)
             else:
                 self._outbox.rests = True
-        ready = self._selector.wait(until - time.monotonic())
-        return [key.data for key in ready]
+        return self._selector.wait(until - time.monotonic())
 
     def _make_pass(self) -> None:
         """Give a turn to each client that keeps up.
@@ -967,13 +963,13 @@ class _Selector(selectors.DefaultSelector):
         with suppress(OSError):  # full of wake-ups, or closed
             self.waker.send(b"\0")
 
-    def wait(self, seconds: float) -> list[selectors.SelectorKey]:
-        """Return the sockets that are ready; none if it was woken or time is up."""
+    def wait(self, seconds: float) -> list[Any]:
+        """Return the data of the sockets that are ready; less if it was woken."""
         ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
-        keys = [key for key, _ in ready if key.fileobj is not self._woken]
-        if len(keys) < len(ready):
+        found = [key.data for key, _ in ready if key.data]
+        if len(found) < len(ready):
             self._woken.recv(RECEIVE_BYTES)
-        return keys
+        return found
 
     def close(self) -> None:
         super().close()
@@ -1036,23 +1032,13 @@ def _set_options(client_socket: socket.socket) -> None:
             client_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _sender(
-    client_socket: socket.socket,
-) -> Callable[[bytes | bytearray, int], int]:
-    """Return what sends as much as the socket takes at once, or raises BlockingIOError.
-
-    To be called with MSG_DONTWAIT.  The socket itself stays blocking: its handler waits
-    in recv() at the same time.  Where there is no such flag, it sends a little at once.
-    """
-    if MSG_DONTWAIT:
-        return client_socket.send
-
-    def send(data: bytes | bytearray, _: int) -> int:
-        if not select.select([], [client_socket], [], 0)[1]:
-            raise BlockingIOError
-        return client_socket.send(data[:1024])  # so little does not block
-
-    return send
+def _send_a_little(
+    client_socket: socket.socket, data: bytes | bytearray, _: int
+) -> int:
+    """Send so little that it does not block, or raise BlockingIOError."""
+    if not select.select([], [client_socket], [], 0)[1]:
+        raise BlockingIOError
+    return client_socket.send(data[:1024])
 
 
 def _shut(client_socket: socket.socket, how: int) -> None:
