@@ -50,7 +50,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from itertools import chain, groupby, islice, repeat, takewhile
+from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,8 +220,7 @@ class ChatServer:
         self._owners: dict[str, _Client] = {}  # name_key() of these names → member
         self._unjoined: dict[_Client, float] = {}  # in order of arrival → join until
         self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
-        self._outbox = _Outbox(self._lock, tell)
-        self._broadcaster = _Broadcaster(self._outbox, on_end=self.stop)
+        self._broadcaster = _Broadcaster(self._lock, tell, on_end=self.stop)
 
     def serve(self) -> None:
         """Run the chat until stop() is called, or the broadcaster ends with a bug."""
@@ -293,7 +292,9 @@ class ChatServer:
                 if client not in self._unjoined:  # also if there are no more threads
                     told = f"Refused {client}: the chat is full"
                     full = protocol.refusal(f"{protocol.FULL}, please try again later.")
-                    self._outbox.append(_Entry(client, b"", full, leaves=True), told)
+                    self._broadcaster.append(
+                        _Entry(client, b"", full, leaves=True), told
+                    )
 
     def _make_room(self) -> bool:
         """End the oldest that has not joined if need be; False if all are members.
@@ -314,7 +315,7 @@ class ChatServer:
         del self._unjoined[client]
         client.dropped = why
         reason = protocol.refusal(f"Disconnected: {why}.")
-        self._outbox.append(_Entry(client, b"", reason))
+        self._broadcaster.append(_Entry(client, b"", reason))
         _shut(client.socket, socket.SHUT_RD)  # wakes its handler
 
     # --- one client: its handler ----------------------------------------------------
@@ -368,7 +369,7 @@ class ChatServer:
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         throttle = _Throttle(self._lines_per_second)
-        closed = self._outbox.closed
+        closed = self._broadcaster.closed
         read_until = FOREVER
         while (chunk := client.socket.recv(RECEIVE_BYTES)) and not client.dropped:
             lines = splitter.feed(chunk)
@@ -403,7 +404,7 @@ class ChatServer:
             if tried == MAX_NAMES_TRIED:
                 reason += f" ({tried} of {tried} tries on this connection)"
             self._tell(f"Refused {client}: {reason}")
-            self._reply(client, [protocol.refusal(reason)])
+            self._reply(client, protocol.refusal(reason))
         return False
 
     def _admit(self, client: _Client, name: str) -> bool:
@@ -415,7 +416,7 @@ class ChatServer:
         account = None
         if self._database and (account := self._database.account(name)):
             question = f"The name {name} is kept for its owner. What is the password?"
-            self._reply(client, [protocol.question(question)])
+            self._reply(client, protocol.question(question))
             line = next(client.lines, None)
             if line is None:
                 return False
@@ -432,7 +433,7 @@ class ChatServer:
         joined = f"{name} has joined the chat."
         with self._lock:
             # The wait comes first: what is looked at behind it stays as it is.
-            if not self._outbox.wait_for_room() or client not in self._unjoined:
+            if not self._broadcaster.wait_for_room() or client not in self._unjoined:
                 return False
             if protocol.name_key(name) in self._owners:
                 raise ProtocolError(f"The name {name} is taken.")
@@ -447,7 +448,7 @@ class ChatServer:
             client.name = name
             notices = b"".join(map(protocol.notice, welcome))
             entry = _Entry(client, protocol.notice(joined), notices, joins=True)
-            self._outbox.append(entry, f"User {joined}")
+            self._broadcaster.append(entry, f"User {joined}")
         return True
 
     def _greeting(self, name: str) -> str:
@@ -473,7 +474,7 @@ class ChatServer:
         except ProtocolError as error:
             self._say(client)
             self._tell(f"Refused a line from {client}: {error}")
-            self._reply(client, [protocol.refusal(error)])
+            self._reply(client, protocol.refusal(error))
 
     def _say(self, client: _Client) -> None:
         """Pass on what a member has said in the lines that came together."""
@@ -498,10 +499,9 @@ class ChatServer:
         encoded = "".join(lines).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
-    def _reply(self, client: _Client, lines: Iterable[bytes]) -> None:
-        """Send a client lines of its own, each of them made once there is room."""
-        for line in lines:
-            self._submit(_Entry(client, b"", line))
+    def _reply(self, client: _Client, line: bytes) -> None:
+        """Send a client a line of its own."""
+        self._submit(_Entry(client, b"", line))
 
     def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
@@ -512,10 +512,10 @@ class ChatServer:
         client = entry.client
         assert client
         with self._lock:
-            has_room = self._outbox.wait_for_room(entry.size())
+            has_room = self._broadcaster.wait_for_room(entry.size())
             if not has_room or client.socket not in self._connections:
                 return False
-            self._outbox.append(entry, told)
+            self._broadcaster.append(entry, told)
             if said and self._database:
                 self._database.remember(client.name, said)
         return True
@@ -525,11 +525,10 @@ class ChatServer:
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
-        heads = chain([f"{len(names)} online:"], repeat("…"))
-        firsts = range(0, len(names), MAX_NAMES_LISTED)
-        rows = (", ".join(names[first : first + MAX_NAMES_LISTED]) for first in firsts)
-        answer = (protocol.notice(f"{head} {row}") for row, head in zip(rows, heads))
-        self._reply(client, answer)
+        for first in range(0, len(names), MAX_NAMES_LISTED):
+            head = "…" if first else f"{len(names)} online:"
+            row = ", ".join(names[first : first + MAX_NAMES_LISTED])
+            self._reply(client, protocol.notice(f"{head} {row}"))
 
     def _msg(self, client: _Client, rest: str) -> None:
         name, _, text = rest.partition(" ")
@@ -542,10 +541,10 @@ class ChatServer:
                 return
         raise ProtocolError("Nobody here has that name.")
 
-    def _help(self, client: _Client, _: str) -> None:
-        rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
-        rows.append("q, alone on its line: leaves the chat")
-        self._reply(client, map(protocol.notice, rows))
+    def _help(self, client: _Client, rest: str) -> None:
+        for _, usage, effect in self._commands.values():
+            self._reply(client, protocol.notice(f"{usage}: {effect}"))
+        self._reply(client, protocol.notice("q, alone on its line: leaves the chat"))
 
     def _history(self, client: _Client, rest: str) -> None:
         assert self._database
@@ -555,17 +554,17 @@ class ChatServer:
         most = min(int(number), MAX_HISTORY)
         with self._lock:
             messages = self._database.history(most)
-        messages = messages or ["Nothing has been said yet."]
-        self._reply(client, map(protocol.notice, messages))
+        for message in messages or ["Nothing has been said yet."]:
+            self._reply(client, protocol.notice(message))
 
     def _register(self, client: _Client, _: str) -> None:
         assert self._database
         question = f"Which password shall keep the name {client.name} for you?"
-        self._reply(client, [protocol.question(question)])
+        self._reply(client, protocol.question(question))
         if (line := next(client.lines, None)) is not None:
             self._database.change(client, protocol.check_password(line))
             kept = f"The name {client.name} is now kept for you."
-            self._reply(client, [protocol.notice(kept)])
+            self._reply(client, protocol.notice(kept))
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
@@ -573,7 +572,7 @@ class ChatServer:
             raise ProtocolError(f"The name {client.name} is not kept.")
         self._database.change(client, None)
         free = f"The name {client.name} is no longer kept."
-        self._reply(client, [protocol.notice(free)])
+        self._reply(client, protocol.notice(free))
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a client off the list, tell the others that a member has left, hand over.
@@ -592,7 +591,7 @@ class ChatServer:
                 del self._owners[protocol.name_key(client.name)]
                 left = protocol.notice(f"{client.name} has left the chat.")
                 told = f"Removing user: {client.name} from clients"
-            self._outbox.append(_Entry(client, left, leaves=True), told)
+            self._broadcaster.append(_Entry(client, left, leaves=True), told)
 
     # --- the end --------------------------------------------------------------------
 
@@ -611,8 +610,8 @@ class ChatServer:
         with self._lock:
             for client in tuple(self._unjoined):
                 self._drop_unjoined(client, "the server shuts down")
-            self._outbox.append(_Entry(None, b"", notice, leaves=True))
-            self._outbox.close()
+            self._broadcaster.append(_Entry(None, b"", notice, leaves=True))
+            self._broadcaster.close_outbox()
         if self._database:
             self._database.stop()
         broadcaster.join()
@@ -642,33 +641,50 @@ _DATABASE_COMMANDS = {
 # --- sending: outbox, stream, broadcaster -------------------------------------------
 
 
-class _Outbox:
-    """What is still to be sent: entries in the one order in which all see them."""
+class _Broadcaster:
+    """The outbox, and the thread that sends what is in it and closes the connections.
 
-    def __init__(self, lock: threading.Lock, tell: Callable[[str], None]) -> None:
-        """lock: the server's; callers hold it, but for take()."""
-        self.lock = lock
+    The outbox is for all threads, under the lock.  All else is the thread's own.
+    """
+
+    def __init__(
+        self, lock: threading.Lock, tell: Callable[[str], None], on_end: Callable[[], None]
+    ) -> None:  # fmt: skip
+        """lock: the server's; on_end: called when all have left, or a bug rules it out."""
         self._tell = tell
+        self._on_end = on_end
+        # The outbox: entries in the one order in which all see them.
+        self._lock = lock
         self._has_room = threading.Condition(lock)
-        self._entries: list[_Entry] = []
-        self._bytes = 0
+        self._outbox: list[_Entry] = []
+        self._outbox_bytes = 0
+        self._rests = False  # the next entry is to wake the thread
         self.closed = threading.Event()  # set under the lock
-        self.selector = _Selector()  # the broadcaster rests there
-        self.rests = False  # the next entry is to wake it
 
-    def __bool__(self) -> bool:
-        return bool(self._entries)
+        # The stream: what some member has still to be sent, addressed by its offset since
+        # the start of the server; the offset behind its last byte.
+        self._stream = bytearray()
+        self._end = 0
+        self._clients: dict[_Client, None] = {}  # all that had an entry, until closed
+        self._slow: dict[_Client, None] = {}  # watched until their sockets take more
+        self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
+        self._selector = _Selector()  # where the thread rests
+        self._pass_again = False  # some members had their turn before the last look
+        self._passed = 0  # the place up to which all but the slow ones have been sent
+        self._pass_at = 0.0  # no pass before then
+        self._end_at = FOREVER  # set by the last entry
 
     def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
         """Wait until an entry may be appended; False once the outbox is closed.
 
-        One that says much may fill only half of the outbox: the other half keeps the
-        way free for all that just say something.
+        Caller holds the lock.  One that says much may fill only half of the outbox: the
+        other half keeps the way free for all that just say something.
         """
         most = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size
 
         def fits() -> bool:
-            return not self._entries or self._bytes <= most or self.closed.is_set()
+            bytes_fit = not self._outbox or self._outbox_bytes <= most
+            return bytes_fit or self.closed.is_set()
 
         if not fits():
             self._has_room.wait_for(fits)
@@ -676,51 +692,22 @@ class _Outbox:
         return not self.closed.is_set()
 
     def append(self, entry: _Entry, told: str = "") -> None:
-        """Add an entry; `told` is for the terminal, in the same order."""
+        """Add an entry; `told` is for the terminal, in the same order.
+
+        Caller holds the lock.  Never waits.
+        """
         if told:
             self._tell(told)
-        self._entries.append(entry)
-        self._bytes += entry.size()
-        if self.rests:
-            self.rests = False
-            self.selector.wake()
+        self._outbox.append(entry)
+        self._outbox_bytes += entry.size()
+        if self._rests:
+            self._rests = False
+            self._selector.wake()
 
-    def take(self) -> tuple[list[_Entry], int]:
-        """Return all entries and their size, and have room again."""
-        with self.lock:
-            taken = self._entries, self._bytes
-            self._entries, self._bytes = [], 0
-            self._has_room.notify()
-            return taken
-
-    def close(self) -> None:
-        """Let nobody wait for room any longer; what is appended still is sent."""
+    def close_outbox(self) -> None:
+        """Let nobody wait for room any longer.  Caller holds the lock."""
         self.closed.set()
         self._has_room.notify_all()
-
-
-class _Broadcaster:
-    """Sends what is appended to the outbox, in passes, and closes the connections.
-
-    One thread, which alone touches the stream and the clients' places.
-    """
-
-    def __init__(self, outbox: _Outbox, on_end: Callable[[], None]) -> None:
-        """on_end: called when all have left, or a bug rules that out."""
-        self._outbox = outbox
-        self._on_end = on_end
-        # What some member has still to be sent, addressed by its offset since the start
-        # of the server; the offset behind its last byte.
-        self._stream = bytearray()
-        self._end = 0
-        self._clients: dict[_Client, None] = {}  # all that had an entry, until closed
-        self._selector = outbox.selector
-        self._slow: dict[_Client, None] = {}  # watched until their sockets take more
-        self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
-        self._pass_again = False  # some members had their turn before the last look
-        self._passed = 0  # the place up to which all but the slow ones have been sent
-        self._pass_at = 0.0  # no pass before then
-        self._end_at = FOREVER  # set by the last entry
 
     def run(self) -> None:
         """Send all that is appended until all have left after the last entry.
@@ -736,8 +723,8 @@ class _Broadcaster:
                 self._close_ended(ready)
                 self._make_pass()
         finally:
-            with self._outbox.lock:
-                self._outbox.close()
+            with self._lock:
+                self.close_outbox()
             self._on_end()
 
     def close(self) -> None:
@@ -749,11 +736,11 @@ class _Broadcaster:
     def _rest(self) -> list[_Client]:
         """Wait until there is something to do; return the clients that are ready."""
         until = min([self._end_at, *islice(self._leaving.values(), 1)])
-        with self._outbox.lock:
+        with self._lock:
             if self._outbox or self._pass_again:
                 until = min(until, self._pass_at)
             else:
-                self._outbox.rests = True
+                self._rests = True
         return self._selector.wait(until - time.monotonic())
 
     def _make_pass(self) -> None:
@@ -777,7 +764,10 @@ class _Broadcaster:
 
     def _take_in(self) -> int:
         """Move all entries of the outbox to the end of the stream; return their size."""
-        entries, size = self._outbox.take()
+        with self._lock:
+            entries, self._outbox = self._outbox, []
+            size, self._outbox_bytes = self._outbox_bytes, 0
+            self._has_room.notify()
         for entry in entries:
             client, start = entry.client, self._end
             self._stream += entry.to_others
