@@ -282,6 +282,8 @@ class ChatServer:
         client = _Client(client_socket, _format_address(address))
         handler = threading.Thread(target=self.handle_client, args=(client_socket,))
         client.thread = handler
+        full = protocol.refusal(f"{protocol.FULL}, please try again later.")
+        turned_away = _Entry(client, b"", full, leaves=True)
         with self._lock:  # the handler waits for it
             try:
                 if self._make_room():
@@ -291,10 +293,7 @@ class ChatServer:
             finally:
                 if client not in self._unjoined:  # also if there are no more threads
                     told = f"Refused {client}: the chat is full"
-                    full = protocol.refusal(f"{protocol.FULL}, please try again later.")
-                    self._broadcaster.append(
-                        _Entry(client, b"", full, leaves=True), told
-                    )
+                    self._broadcaster.append(turned_away, told)
 
     def _make_room(self) -> bool:
         """End the oldest that has not joined if need be; False if all are members.
@@ -971,13 +970,11 @@ class _Throttle:
     """A token bucket: a client's lines, so many a second and some at once."""
 
     def __init__(self, per_second: int) -> None:
-        self._per_second = per_second  # 0: no limit
+        self._per_second = per_second or 10**9  # 0: no limit
         self._used_until = 0.0  # the second whose lines are to be used next
 
     def take(self, wanted: int) -> int:
         """Return how many lines, up to `wanted`, may be read now, and count them."""
-        if not self._per_second:
-            return wanted
         now = time.monotonic()
         self._used_until = max(self._used_until, now - BURST_SECONDS)
         taken = min(wanted, int((now - self._used_until) * self._per_second))
@@ -1044,7 +1041,7 @@ def _shut(client_socket: socket.socket, how: int) -> None:
 def _has_ended(client_socket: socket.socket) -> bool:
     """Look, without waiting, whether the peer has ended a connection; pass over input."""
     try:
-        return not client_socket.recv(TURN_BYTES)
+        return not client_socket.recv(RECEIVE_BYTES)
     except BlockingIOError:
         return False
     except OSError:
