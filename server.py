@@ -220,10 +220,10 @@ class ChatServer:
         self._owners: dict[str, _Client] = {}  # name_key() of these names → member
         self._unjoined: dict[_Client, float] = {}  # in order of arrival → join until
         self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
-        self._broadcaster = _Broadcaster(self._lock, tell, on_end=self.stop)
+        self._broadcaster = _Broadcaster(self._lock)
 
     def serve(self) -> None:
-        """Run the chat until stop() is called, or the broadcaster ends with a bug."""
+        """Run the chat until stop() is called: also by who hears of a bug in a thread."""
         run = self._broadcaster.run
         broadcaster = threading.Thread(target=run, name="broadcaster")
         broadcaster.start()
@@ -292,8 +292,8 @@ class ChatServer:
                     self._unjoined[client] = time.monotonic() + JOIN_SECONDS
             finally:
                 if client not in self._unjoined:  # also if there are no more threads
-                    told = f"Refused {client}: the chat is full"
-                    self._broadcaster.append(turned_away, told)
+                    self._tell(f"Refused {client}: the chat is full")
+                    self._broadcaster.append(turned_away)
 
     def _make_room(self) -> bool:
         """End the oldest that has not joined if need be; False if all are members.
@@ -451,7 +451,8 @@ class ChatServer:
             client.name = name
             notices = b"".join(map(protocol.notice, welcome))
             entry = _Entry(client, protocol.notice(joined), notices, joins=True)
-            self._broadcaster.append(entry, f"User {joined}")
+            self._tell(f"User {joined}")
+            self._broadcaster.append(entry)
         return True
 
     def _greeting(self, name: str) -> str:
@@ -518,7 +519,9 @@ class ChatServer:
             has_room = self._broadcaster.wait_for_room(entry.size())
             if not has_room or client.socket not in self._connections:
                 return False
-            self._broadcaster.append(entry, told)
+            if told:
+                self._tell(told)
+            self._broadcaster.append(entry)
             if said and self._database:
                 self._database.remember(client.name, said)
         return True
@@ -588,13 +591,15 @@ class ChatServer:
             if not client:
                 return
             self._unjoined.pop(client, None)
-            left, told = b"", f"Closed connection from {client}"
             if client.name:
                 del self.clients[client.name]
                 del self._owners[protocol.name_key(client.name)]
+                self._tell(f"Removing user: {client.name} from clients")
                 left = protocol.notice(f"{client.name} has left the chat.")
-                told = f"Removing user: {client.name} from clients"
-            self._broadcaster.append(_Entry(client, left, leaves=True), told)
+            else:
+                self._tell(f"Closed connection from {client}")
+                left = b""
+            self._broadcaster.append(_Entry(client, left, leaves=True))
 
     # --- the end --------------------------------------------------------------------
 
@@ -650,12 +655,8 @@ class _Broadcaster:
     The outbox is for all threads, under the lock.  All else is the thread's own.
     """
 
-    def __init__(
-        self, lock: threading.Lock, tell: Callable[[str], None], on_end: Callable[[], None]
-    ) -> None:  # fmt: skip
-        """lock: the server's; on_end: called when all have left, or a bug rules it out."""
-        self._tell = tell
-        self._on_end = on_end
+    def __init__(self, lock: threading.Lock) -> None:
+        """lock: the server's."""
         # The outbox: entries in the one order in which all see them.
         self._lock = lock
         self._has_room = threading.Condition(lock)
@@ -683,24 +684,18 @@ class _Broadcaster:
         Caller holds the lock.  One that says much may fill only half of the outbox: the
         other half keeps the way free for all that just say something.
         """
-        most = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size
+        most = max(0, MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size)
 
         def fits() -> bool:
-            bytes_fit = not self._outbox or self._outbox_bytes <= most
-            return bytes_fit or self.closed.is_set()
+            return self._outbox_bytes <= most or self.closed.is_set()
 
         if not fits():
             self._has_room.wait_for(fits)
             self._has_room.notify()  # one lets in the next: all at once would be in vain
         return not self.closed.is_set()
 
-    def append(self, entry: _Entry, told: str = "") -> None:
-        """Add an entry; `told` is for the terminal, in the same order.
-
-        Caller holds the lock.  Never waits.
-        """
-        if told:
-            self._tell(told)
+    def append(self, entry: _Entry) -> None:
+        """Have an entry sent.  Caller holds the lock.  Never waits."""
         self._outbox.append(entry)
         self._outbox_bytes += entry.size()
         if self._rests:
@@ -713,22 +708,14 @@ class _Broadcaster:
         self._has_room.notify_all()
 
     def run(self) -> None:
-        """Send all that is appended until all have left after the last entry.
-
-        However this ends, nobody waits for it afterwards.
-        """
-        try:
-            while self._clients or self._end_at == FOREVER:
-                ready = self._rest()
-                if time.monotonic() >= self._end_at:
-                    break
-                self._give_turns(ready)
-                self._close_ended(ready)
-                self._make_pass()
-        finally:
-            with self._lock:
-                self.close_outbox()
-            self._on_end()
+        """Send all that is appended until all have left after the last entry."""
+        while self._clients or self._end_at == FOREVER:
+            ready = self._rest()
+            if time.monotonic() >= self._end_at:
+                return
+            self._give_turns(ready)
+            self._close_ended(ready)
+            self._make_pass()
 
     def close(self) -> None:
         """Close the connections that are left; the thread has ended."""
@@ -992,8 +979,7 @@ def _set_options(client_socket: socket.socket) -> None:
     Without data under way by keep-alive; with it by the user timeout, since the kernel
     does not count keep-alive then (tcp(7)).  A system sets those that it has.
     """
-    if sys.platform != "linux":  # elsewhere inherited from the listener
-        client_socket.setblocking(True)
+    client_socket.setblocking(True)  # macOS has it as the listener has
     client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         ("TCP_NODELAY", 1),  # a message does not wait until the last one is answered

@@ -197,10 +197,10 @@ outbox-backwards: test_all_members_and_the_terminal_see_one_order or test_everyb
 - entries, self._outbox = self._outbox, []
 + entries, self._outbox = self._outbox[::-1], []
 terminal-told-outside-the-lock: test_all_members_and_the_terminal_see_one_order
--         if told:
--             self._tell(told)
-+         if told:
-+             threading.Timer(0.001, self._tell, [told]).start()
+-             if told:
+-                 self._tell(told)
++             if told:
++                 threading.Timer(0.001, self._tell, [told]).start()
 send-blocks: test_a_slow_reader_is_dropped_and_others_go_on
 - sent = client.send(data, MSG_DONTWAIT) if data else 0
 + sent = client.send(data, 0) if data else 0
