@@ -50,7 +50,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from itertools import chain, groupby, islice, takewhile
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,8 @@ FULL_PASS_SECONDS = 0.08
 LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
-LEAVE_SECONDS = 5.0  # to receive what waits for one that leaves, and to end its side
+LEAVE_SECONDS = 5.0  # for a member to receive what waits for it, and to end its side
+LINGER_SECONDS = 1.0  # for one that has not joined to do so
 SHUTDOWN_SECONDS = 1.0  # for all to do so at the end; 2 s are promised
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
 LAST_MESSAGES_SECONDS = 0.4  # for what still waits for the database after that
@@ -126,8 +127,7 @@ BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
 FOREVER = float("inf")
 UNLIMITED = 10**9  # lines a second: more than anybody sends
 # Where there is only select(), on Windows, it takes no more than 512 sockets.
-ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
-MAX_WATCHED = 500 if ONLY_SELECT else sys.maxsize
+MAX_WATCHED = 500 if sys.platform == "win32" else sys.maxsize
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 # Places that are not in the stream: of a client that has not joined, of one that has had
 # all, and whose connection we have ended.
@@ -714,7 +714,7 @@ class _Broadcaster:
             if time.monotonic() >= self._end_at:
                 return
             self._give_turns(ready)
-            self._close_ended(ready)
+            self._close_ended({*ready})
             self._make_pass()
 
     def close(self) -> None:
@@ -725,7 +725,7 @@ class _Broadcaster:
 
     def _rest(self) -> list[_Client]:
         """Wait until there is something to do; return the clients that are ready."""
-        until = min([self._end_at, *islice(self._leaving.values(), 1)])
+        until = min([self._end_at, *self._leaving.values()])
         with self._lock:
             if self._outbox or self._pass_again:
                 until = min(until, self._pass_at)
@@ -770,7 +770,8 @@ class _Broadcaster:
                 self._end_at = time.monotonic() + SHUTDOWN_SECONDS
             elif entry.leaves and client:
                 client.socket.setblocking(False)
-                self._leaving[client] = time.monotonic() + LEAVE_SECONDS
+                seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
+                self._leaving[client] = time.monotonic() + seconds
                 if client.place == OVER:
                     self._stop_sending(client)
         return size
@@ -900,20 +901,19 @@ class _Broadcaster:
         if client in self._leaving:
             self._watch(client, selectors.EVENT_READ)
 
-    def _close_ended(self, ready: list[_Client]) -> None:
+    def _close_ended(self, ready: set[_Client]) -> None:
         """Close the connections that have ended on both sides, or whose time is up.
 
         A close with input unread would reset the connection, and could cost the peer
         the last lines to it.
         """
         now = time.monotonic()
-        over = [each for each in ready if each in self._leaving and each.place == OVER]
-        ended = [client for client in over if _has_ended(client.socket)]
-        late = takewhile(lambda client: self._leaving[client] <= now, self._leaving)
-        for client in {*ended, *late}:
-            self._unwatch(client)
-            del self._clients[client], self._leaving[client]
-            client.socket.close()
+        for client, until in tuple(self._leaving.items()):
+            is_over = client in ready and client.place == OVER
+            if until <= now or (is_over and _has_ended(client.socket)):
+                self._unwatch(client)
+                del self._clients[client], self._leaving[client]
+                client.socket.close()
 
     def _watch(self, client: _Client, events: int) -> bool:
         """Wait for the socket of a client too; False if there are too many."""

@@ -263,16 +263,16 @@ write-error-discards-input: test_what_was_sent_is_delivered_though_writing_fails
 +                 client.dropped = error.strerror or str(error)
 +                 self._stop
 closed-with-input-unread: test_what_is_sent_after_q_costs_nobody
-- if _has_ended(client.socket)]
-+ ]
+- (is_over and _has_ended(client.socket)):
++ is_over:
 last-send-not-awaited: test_who_leaves_still_receives_what_was_said_before
 - if client.place == OVER:
 -                     self._stop
 + if True:
 +                     self._stop
 stalled-leaver-kept: test_who_leaves_without_reading_is_not_waited_for
-- for client in {*ended, *late}:
-+ for client in ended:
+- if until <= now or (is_over
++ if (is_over
 own-faces-unlimited: test_what_members_alone_see_is_bounded
 - if own > MAX_OWN_BYTES:
 + if False:
