@@ -87,7 +87,7 @@ MAX_OUTBOX_BYTES = 256 * 1024
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 # What only one member sees is not shared: so much for all of them.
 MAX_OWN_BYTES = 16 * 1024 * 1024
-# An entry takes so much memory besides its bytes, and so does a spot.
+# An entry takes so much memory besides its bytes, and so does a piece sent ahead.
 ENTRY_BYTES = 200
 TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
 # A pass looks at the outbox so often: members whose turn is still to come get at once
@@ -129,8 +129,8 @@ UNLIMITED = 10**9  # lines a second: more than anybody sends
 # Where there is only select(), on Windows, it takes no more than 512 sockets.
 MAX_WATCHED = 500 if sys.platform == "win32" else sys.maxsize
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
-# Places that are not in the stream: of a client that has not joined, of one that has had
-# all, and whose connection we have ended.
+# Places outside of the stream: of a client that has not joined, and of one that has had
+# all, so that we have ended our side.
 OUTSIDE, OVER = sys.maxsize - 1, sys.maxsize
 
 
@@ -152,16 +152,16 @@ class _Client:
         # Its handler's own: the lines to come, and what it says in those that came.
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
-        # The broadcaster's own: the offset in the stream up to which this client has
-        # been sent all; what it is sent ahead of all behind that, parts of the stream
-        # and its own faces of entries, and the offset from which it goes on then.
+        # The broadcaster's own.  Up to its place in the stream, an offset, this client
+        # has been sent all.  Next it is sent the pieces ahead, parts of the stream and
+        # its own faces of entries; after these it goes on in the stream.
         self.place = OUTSIDE
         self.ahead: deque[range | bytes] = deque()
-        self.after = OUTSIDE
-        self.face_bytes = 0
+        self.after = OUTSIDE  # the offset where it goes on then
+        self.face_bytes = 0  # of these faces
 
     def own_bytes(self) -> int:
-        """Return how many bytes of memory it takes that it shares with no other one."""
+        """Return how many bytes of memory wait for this client alone."""
         return ENTRY_BYTES * len(self.ahead) + self.face_bytes
 
     def __str__(self) -> str:
@@ -171,7 +171,7 @@ class _Client:
 class _Entry(NamedTuple):
     """One entry of the outbox: its client sees `to_self`, all others `to_others`."""
 
-    client: _Client | None  # None: all clients see `to_self`
+    client: _Client | None  # None: the last entry
     to_others: bytes
     to_self: bytes = b""
     joins: bool = False  # from here on it gets the stream
@@ -282,18 +282,21 @@ class ChatServer:
         client = _Client(client_socket, _format_address(address))
         handler = threading.Thread(target=self.handle_client, args=(client_socket,))
         client.thread = handler
-        full = protocol.refusal(f"{protocol.FULL}, please try again later.")
-        turned_away = _Entry(client, b"", full, leaves=True)
-        with self._lock:  # the handler waits for it
-            try:
-                if self._make_room():
-                    handler.start()
-                    self._connections[client_socket] = client
-                    self._unjoined[client] = time.monotonic() + JOIN_SECONDS
-            finally:
-                if client not in self._unjoined:  # also if there are no more threads
-                    self._tell(f"Refused {client}: the chat is full")
-                    self._broadcaster.append(turned_away)
+        with self._lock:
+            if not self._make_room():
+                self._tell(f"Refused {client}: the chat is full")
+                full = protocol.refusal(f"{protocol.FULL}, please try again later.")
+                self._broadcaster.append(_Entry(client, b"", full, leaves=True))
+                return
+            self._connections[client_socket] = client
+            self._unjoined[client] = time.monotonic() + JOIN_SECONDS
+        try:
+            handler.start()
+        except RuntimeError:
+            with self._lock:
+                self._drop_unjoined(client, "the system has no more threads")
+            self.remove_client(client_socket)
+            raise
 
     def _make_room(self) -> bool:
         """End the oldest that has not joined if need be; False if all are members.
@@ -324,8 +327,7 @@ class ChatServer:
 
         Reads and checks; what is to be sent goes into the outbox.
         """
-        with self._lock:
-            client = self._connections[client_socket]
+        client = self._connections[client_socket]
         self._tell(f"New connection from {client}")
         try:
             _set_options(client_socket)
@@ -469,7 +471,7 @@ class ChatServer:
             if command:
                 self._say(client)
                 if command not in self._commands:
-                    word = command[: protocol.MAX_NAME_CHARS]  # first: our client looks
+                    word = command[: protocol.MAX_NAME_CHARS]  # our client looks for it
                     reason = "is no command: see /help (//TEXT says /TEXT)."
                     raise ProtocolError(f"{word} {reason}")
                 self._commands[command][0](self, client, text)
@@ -607,7 +609,7 @@ class ChatServer:
         """End in order.
 
         1. Take no new clients; send those away that have not joined.
-        2. Close the outbox, with a last notice to all.
+        2. Close the outbox, with a last notice to all members.
         3. Let the broadcaster send all of it to all that read, and end our side of each
            connection; it closes those that the peers end too within SHUTDOWN_SECONDS.
         4. Wake the handlers that are left, wait for them, and close what they held.
@@ -618,7 +620,7 @@ class ChatServer:
         with self._lock:
             for client in tuple(self._unjoined):
                 self._drop_unjoined(client, "the server shuts down")
-            self._broadcaster.append(_Entry(None, b"", notice, leaves=True))
+            self._broadcaster.append(_Entry(None, notice, leaves=True))
             self._broadcaster.close_outbox()
         if self._database:
             self._database.stop()
@@ -762,13 +764,14 @@ class _Broadcaster:
             client, start = entry.client, self._end
             self._stream += entry.to_others
             self._end += len(entry.to_others)
-            if client:
-                self._clients[client] = None
-            for each in [client] if client else self._clients:
-                self._queue_face(each, start, entry)
-            if entry.leaves and not client:
+            if not client:  # the last entry: all see it, and leave
+                for each in self._clients:
+                    self._queue_face(each, self._end, entry)
                 self._end_at = time.monotonic() + SHUTDOWN_SECONDS
-            elif entry.leaves and client:
+                continue
+            self._clients[client] = None
+            self._queue_face(client, start, entry)
+            if entry.leaves:
                 client.socket.setblocking(False)
                 seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
                 self._leaving[client] = time.monotonic() + seconds
@@ -777,7 +780,10 @@ class _Broadcaster:
         return size
 
     def _queue_face(self, client: _Client, start: int, entry: _Entry) -> None:
-        """Have a client see its own face of an entry, which begins at start."""
+        """Have a client see its own face of an entry.
+
+        start: up to there it sees the stream.  Outside of that it stays where it is.
+        """
         if not client.ahead:
             client.after = client.place
         if client.after < start:
@@ -829,7 +835,7 @@ class _Broadcaster:
         return self._stream[part.start - first : part[:TURN_BYTES].stop - first]
 
     def _unsent(self, client: _Client) -> bytearray:
-        """Return the next bytes for a client that has something ahead."""
+        """Return the next bytes for a client that has pieces ahead."""
         data = bytearray()
         for piece in chain(client.ahead, [range(client.after, self._end)]):
             if len(data) >= TURN_BYTES:
@@ -838,7 +844,7 @@ class _Broadcaster:
         return data
 
     def _advance(self, client: _Client, sent: int) -> None:
-        """Move the place of such a client past what its socket took."""
+        """Pass what the socket of such a client took."""
         while client.ahead:
             piece = client.ahead.popleft()
             taken = min(sent, len(piece))
