@@ -264,7 +264,8 @@ class ChatServer:
         """End those that have not joined in time; return the seconds until the next."""
         now = time.monotonic()
         with self._lock:
-            for client, until in tuple(self._unjoined.items()):
+            while self._unjoined:
+                client, until = next(iter(self._unjoined.items()))
                 if now < until:
                     return until - now
                 self._drop_unjoined(client, f"not joined within {JOIN_SECONDS:.0f} s")
