@@ -1,22 +1,24 @@
 """The chat server: a thread per client reads, the broadcaster sends to all.
 
 Threads:
-  main          accept_connections: accepts and closes; at the end runs the shutdown
+  main          accept_connections: accepts; at the end runs the shutdown
   handlers      handle_client, one per client: read, check, append to the outbox
-  broadcaster   all that is ever sent to members
+  broadcaster   all that is ever sent; closes the connections
   recorders     what the terminal shows; with --database, what is kept there
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
 one entry to the outbox, under the lock.  The broadcaster moves all entries that are in
-the outbox to the end of one stream of bytes and makes a pass: each member gets one
+the outbox to the end of one stream of bytes and makes a pass: each client gets one
 non-blocking send of what it has not had yet.  A member is a place in that stream; a slow
-reader is a member whose place is further behind.  What only one member sees (a welcome, a
-refusal, a private message) is its own face of an entry, and a spot in its way there.
+reader is a member whose place is further behind.  What only one client sees (a welcome, a
+refusal, a private message) is its own face of an entry.  Before it joins and after it
+leaves, its place is outside of the stream.
 
 How a connection ends: the client leaves (q, or EOF), it is lost (its peer is gone), or we
-drop it (too slow, or not joined in time); a newcomer without room is turned away.  Its
-handler removes it, once, and ends.  Our side ends after the last send, a member's by the
-broadcaster; the main thread closes the connection when the peer has ended its side too.
+drop it (too slow, or not joined).  Its handler then calls remove_client, and ends: the
+client's last entry hands the connection over to the broadcaster.  That ends our side
+after the last send, and closes the connection once the peer has ended its side too.  A
+newcomer without room gets its refusal in such a last entry at once.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
-from itertools import chain, groupby, islice, repeat, takewhile
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,13 +73,12 @@ JOIN_SECONDS = 120.0
 GONE_SECONDS = 10.0  # a peer that is gone is read for so long: its flood keeps no name
 
 # One recv() is small, so that a message is passed on before many of its kind have piled
-# up: the 99th percentile of the latency under many small senders is half of that with
-# 64 KiB.
+# up: with 64 KiB, the 99th percentile of the latency under many small senders doubles.
 RECEIVE_BYTES = 4096
 # Lines of one client in one entry: each gets a name, of up to 128 bytes, and so one
 # recv() of short lines could fill all of the outbox.
 MAX_LINES_AT_ONCE = 128
-# The pause after each RECEIVE_BYTES of a line without end: it is read at 25 MB/s.
+# The pause after each piece of a line: one without end is read at 25 MB/s at most.
 PIECE_PAUSE_SECONDS = 0.0001
 # The outbox is bounded.  Handlers wait for room, so that a sender that is too fast is
 # slowed by its own TCP window.
@@ -87,7 +88,7 @@ MAX_OUTBOX_BYTES = 256 * 1024
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 # What only one member sees is not shared: so much for all of them.
 MAX_OWN_BYTES = 16 * 1024 * 1024
-# An entry takes so much memory besides its bytes, and so does a spot.
+# An entry takes so much memory besides its bytes, and so does a piece sent ahead.
 ENTRY_BYTES = 200
 TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
 # A pass looks at the outbox so often: members whose turn is still to come get at once
@@ -101,11 +102,9 @@ FULL_PASS_SECONDS = 0.08
 LISTEN_BACKLOG = 4096  # connections; the system may allow fewer
 ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
-LEAVE_SECONDS = 5.0  # for what a member that leaves has still to be sent
-LINGER_SECONDS = 1.0  # for a peer to end its side after ours
-POLL_SECONDS = 0.02  # between two looks at the connections that linger
-SHUTDOWN_SECONDS = 1.2  # 2 s are promised
-HANG_UP_SECONDS = 0.5  # of these, for the clients to close their side first
+LEAVE_SECONDS = 5.0  # for a member to receive what waits for it, and to end its side
+LINGER_SECONDS = 1.0  # for one that has not joined to do so
+SHUTDOWN_SECONDS = 1.0  # for all to do so at the end; 2 s are promised
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
 LAST_MESSAGES_SECONDS = 0.4  # for what still waits for the database after that
 LAST_LINES_SECONDS = 0.2  # and for the terminal
@@ -124,18 +123,17 @@ SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
 HASH_PAUSE_SECONDS = 0.5  # until we look again whether the client still waits for it
 
-# The errors of accept(2) that pass: a lack of something, or of the network.
-PASSING = {
-    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EPROTO,
-    errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENETDOWN, errno.ENETUNREACH,
-    errno.EHOSTDOWN, errno.EHOSTUNREACH, getattr(errno, "WSAEMFILE", errno.EMFILE),
-}  # fmt: skip
+# The errors of accept(2) that tell of a bug; all others pass.
+BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
 
 FOREVER = float("inf")
+UNLIMITED = 10**9  # lines a second: more than anybody sends
 # Where there is only select(), on Windows, it takes no more than 512 sockets.
-ONLY_SELECT = issubclass(selectors.DefaultSelector, selectors.SelectSelector)
-MAX_WATCHED = 500 if ONLY_SELECT else sys.maxsize
+MAX_WATCHED = 500 if sys.platform == "win32" else sys.maxsize
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
+# Places outside of the stream: of a client that has not joined, and of one that has had
+# all, so that we have ended our side.
+OUTSIDE, OVER = sys.maxsize - 1, sys.maxsize
 
 
 class _Client:
@@ -143,48 +141,43 @@ class _Client:
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
         self.socket = client_socket
-        self.send = _sender(client_socket)
+        # Sends as much as the socket takes at once.  The socket stays blocking: its
+        # handler waits in recv() at the same time.
+        self.send: Callable[[bytes | bytearray, int], int] = client_socket.send
+        if not MSG_DONTWAIT:
+            self.send = partial(_send_a_little, client_socket)
         self.peer = peer  # "address:port"
-        self.thread: threading.Thread | None = None  # its handler
+        self.thread: threading.Thread  # its handler
         self.name = ""  # until it has joined
-        self.join_by = time.monotonic() + JOIN_SECONDS
-        self.answer: Callable[[bytes], None] | None = None  # takes its next line
         self.dropped = ""  # why we end it: its handler reads no more
-        self.lost = ""  # why its peer is gone; what that had sent is still read,
-        self.read_until = FOREVER  # until then
-        self.is_sent_to = False  # by the broadcaster, from its joining to its end
-        # The broadcaster's own: the offset in the stream up to which this member has
-        # been sent all, and the spots behind it where it sees its own face of an entry
-        # instead of the bytes from start to end.
-        self.place = 0
-        self.spots: deque[tuple[int, int, bytes]] = deque()  # start, end, face
-        self.spot_bytes = 0  # of memory
+        self.lost = ""  # why its peer is gone; what that had sent is still read
+        # Its handler's own: the lines to come, and what it says in those that came.
+        self.lines: Iterator[bytes] = iter(())
+        self.said: list[str] = []
+        # The broadcaster's own.  Up to its place in the stream, an offset, this client
+        # has been sent all.  Next it is sent the pieces ahead, parts of the stream and
+        # its own faces of entries; after these it goes on in the stream.
+        self.place = OUTSIDE
+        self.ahead: deque[range | bytes] = deque()
+        self.after = OUTSIDE  # the offset where it goes on then
+        self.face_bytes = 0  # of these faces
+
+    def own_bytes(self) -> int:
+        """Return how many bytes of memory wait for this client alone."""
+        return ENTRY_BYTES * len(self.ahead) + self.face_bytes
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
-
-    def lose(self, reason: str) -> None:
-        """Note that the peer is gone for good."""
-        if not self.lost:
-            self.lost, self.read_until = reason, time.monotonic() + GONE_SECONDS
-
-    def is_read_out(self) -> bool:
-        """Tell whether a peer that is gone for good has been read for long enough."""
-        try:
-            self.socket.getpeername()  # fails once the connection has been reset
-        except OSError:
-            self.lose(os.strerror(errno.ECONNRESET))
-        return time.monotonic() > self.read_until
 
 
 class _Entry(NamedTuple):
     """One entry of the outbox: its client sees `to_self`, all others `to_others`."""
 
-    client: _Client | None
+    client: _Client | None  # None: the last entry
     to_others: bytes
     to_self: bytes = b""
     joins: bool = False  # from here on it gets the stream
-    leaves: bool = False  # and from here on no more
+    leaves: bool = False  # here it gets the last thing, and its handler ends
 
     def size(self) -> int:
         """Return how many bytes of memory it takes."""
@@ -219,25 +212,20 @@ class ChatServer:
         self.address = _format_address(self._listener.getsockname())
         self._accepts = True  # as far as the terminal was told
         self._arrivals = _Selector()  # watches the listener; stop() wakes it
-        self._arrivals.register(self._listener, selectors.EVENT_READ)
+        self._arrivals.register(self._listener, selectors.EVENT_READ, self._listener)
         self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
-        # Clients without a handler, until their peers have ended the connection too, and
-        # the time up to which we wait.  Handlers add, only the main thread removes.
-        self._lingering: dict[_Client, float] = {}
-        self._poll_at = 0.0  # when to poll them next
 
         # Guards the names below, and the outbox, which change together.  Held for table
-        # operations only: never while sending to members, receiving or joining a thread.
+        # operations only: never while sending to clients, receiving or joining a thread.
         self._lock = threading.Lock()
         self.clients: dict[str, socket.socket] = {}  # username → socket
         self._owners: dict[str, _Client] = {}  # name_key() of these names → member
-        self._unjoined: dict[_Client, None] = {}  # in order of arrival
+        self._unjoined: dict[_Client, float] = {}  # in order of arrival → join until
         self._connections: dict[socket.socket, _Client] = {}  # all that have a handler
-        self._outbox = _Outbox(self._lock, tell)
-        self._broadcaster = _Broadcaster(self._outbox, on_end=self.stop)
+        self._broadcaster = _Broadcaster(self._lock)
 
     def serve(self) -> None:
-        """Run the chat until stop() is called, or the broadcaster ends with a bug."""
+        """Run the chat until stop() is called: also by who hears of a bug in a thread."""
         run = self._broadcaster.run
         broadcaster = threading.Thread(target=run, name="broadcaster")
         broadcaster.start()
@@ -251,7 +239,7 @@ class ChatServer:
         self._stopping = True
         self._arrivals.wake()
 
-    # --- connections come and go: the main thread -----------------------------------
+    # --- connections come: the main thread ------------------------------------------
 
     def accept_connections(self) -> None:
         """Accept clients until told to stop; each one gets a thread of its own.
@@ -260,199 +248,174 @@ class ChatServer:
         in the listener's queue and tries again a little later.
         """
         while not self._stopping:
-            if self._arrivals.wait(self._meet_deadlines()):
-                self._accept_one()
+            try:
+                if self._arrivals.wait(self._drop_late()):
+                    self._accept_one()
+                    self._accepts = True
+            except (BlockingIOError, ConnectionError):
+                pass  # the peer is gone again
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, OSError) and error.errno in BROKEN:
+                    raise
+                if self._accepts:
+                    self._tell(f"Cannot take new clients for now: {error}")
+                self._accepts = False
+                time.sleep(ACCEPT_PAUSE_SECONDS)  # it would spin
 
-    def _meet_deadlines(self) -> float:
-        """Do what is due; return the seconds until more may be."""
+    def _drop_late(self) -> float:
+        """End those that have not joined in time; return the seconds until the next."""
         now = time.monotonic()
-        if now >= self._poll_at:
-            self._poll_at = now + POLL_SECONDS
-            for client, close_at in self._lingering.copy().items():
-                too_long = now >= close_at
-                if client.is_sent_to:
-                    if too_long:
-                        _shut(client.socket, socket.SHUT_RDWR)  # the next send fails
-                elif too_long or _has_ended(client.socket):
-                    del self._lingering[client]
-                    client.socket.close()
         with self._lock:
-            late = list(takewhile(lambda client: client.join_by <= now, self._unjoined))
-            for client in late:
-                reason = f"You have not joined within {JOIN_SECONDS:.0f} seconds."
-                self._drop_unjoined(client, "it has not joined in time", reason)
-            due = [client.join_by for client in islice(self._unjoined, 1)]
-        if self._lingering:
-            due.append(self._poll_at)
-        return min(due, default=FOREVER) - now
+            while self._unjoined:
+                client, until = next(iter(self._unjoined.items()))
+                if now < until:
+                    return until - now
+                self._drop_unjoined(client, f"not joined within {JOIN_SECONDS:.0f} s")
+        return FOREVER
 
     def _accept_one(self) -> None:
-        try:
-            client_socket, address = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return  # the peer is gone again
-        except OSError as error:
-            if error.errno not in PASSING:
-                raise
-            self._accept_later(error)
-            return
+        """Give a client a handler, or turn it away.
+
+        Raises OSError or RuntimeError if the system lacks something.
+        """
+        client_socket, address = self._listener.accept()
         if not address:  # macOS has none for a peer that is gone again
             client_socket.close()
             return
         client = _Client(client_socket, _format_address(address))
-        if not self._make_room(client):
-            self._turn_away(client, "please try again later")
-            return
         handler = threading.Thread(target=self.handle_client, args=(client_socket,))
         client.thread = handler
+        with self._lock:
+            if not self._make_room():
+                self._tell(f"Refused {client}: the chat is full")
+                full = protocol.refusal(f"{protocol.FULL}, please try again later.")
+                self._broadcaster.append(_Entry(client, b"", full, leaves=True))
+                return
+            self._connections[client_socket] = client
+            self._unjoined[client] = time.monotonic() + JOIN_SECONDS
         try:
             handler.start()
-            self._accepts = True
-        except RuntimeError as error:  # the system has no more threads
+        except RuntimeError:
             with self._lock:
-                self._unjoined.pop(client, None)
-                del self._connections[client_socket]
-            self._turn_away(client, "it can serve no more for now")
-            self._accept_later(error)
+                self._drop_unjoined(client, "the system has no more threads")
+            self.remove_client(client_socket)
+            raise
 
-    def _make_room(self, client: _Client) -> bool:
-        """Enter a new connection, in place of one that has not joined if need be.
+    def _make_room(self) -> bool:
+        """End the oldest that has not joined if need be; False if all are members.
 
-        Returns False if the chat is full of members.
+        Caller holds _lock.
         """
-        with self._lock:
-            if len(self._connections) >= 2 * self._max_clients:
-                return False  # there are handlers that have not ended yet
-            if len(self.clients) + len(self._unjoined) >= self._max_clients:
-                oldest = next(iter(self._unjoined), None)
-                if not oldest:
-                    return False
-                why = "it had not joined, and others need the room"
-                reason = "Others need the room, and you have not joined."
-                self._drop_unjoined(oldest, why, reason)
-            self._connections[client.socket] = client
-            self._unjoined[client] = None
+        if len(self._connections) >= 2 * self._max_clients:
+            return False  # there are handlers that have not ended yet
+        if len(self.clients) + len(self._unjoined) >= self._max_clients:
+            oldest = next(iter(self._unjoined), None)
+            if not oldest:
+                return False
+            self._drop_unjoined(oldest, "not joined, and others need the room")
         return True
 
-    def _drop_unjoined(self, client: _Client, why: str, reason: str) -> None:
-        """End a client that has not joined; `reason` is for it, `why` for the terminal.
-
-        Caller holds _lock: the handler is to end only after the line has been sent.
-        """
-        _send_at_once(client, protocol.refusal(reason))
+    def _drop_unjoined(self, client: _Client, why: str) -> None:
+        """End a client that has not joined.  Caller holds _lock."""
         del self._unjoined[client]
         client.dropped = why
+        reason = protocol.refusal(f"Disconnected: {why}.")
+        self._broadcaster.append(_Entry(client, b"", reason))
         _shut(client.socket, socket.SHUT_RD)  # wakes its handler
-
-    def _turn_away(self, client: _Client, advice: str) -> None:
-        """Tell a newcomer that there is no room; it gets no thread."""
-        self._tell(f"Refused {client}: the chat is full")
-        _send_at_once(client, protocol.refusal(f"{protocol.FULL}, {advice}."))
-        self._linger(client)
-
-    def _accept_later(self, error: Exception) -> None:
-        """Pause accepting: the listener stays readable, and the loop would spin."""
-        if self._accepts:
-            self._tell(f"Cannot take new clients for now: {error}")
-        self._accepts = False
-        time.sleep(ACCEPT_PAUSE_SECONDS)
-
-    def _linger(self, client: _Client) -> None:
-        """End our side of a connection, and give the peer a moment to end its own.
-
-        A close with input unread would reset the connection, and could cost the peer
-        the last lines to it.  For a member the broadcaster ends our side, once it has
-        sent these.
-        """
-        if not client.is_sent_to:
-            _shut(client.socket, socket.SHUT_WR)
-        client.socket.setblocking(False)
-        seconds = LEAVE_SECONDS if client.is_sent_to else LINGER_SECONDS
-        self._lingering[client] = time.monotonic() + seconds
 
     # --- one client: its handler ----------------------------------------------------
 
     def handle_client(self, client_socket: socket.socket) -> None:
         """Serve one client from its name to its end.  Runs in a thread of its own.
 
-        Reads and checks; what is to be sent to members goes into the outbox.
+        Reads and checks; what is to be sent goes into the outbox.
         """
-        with self._lock:
-            client = self._connections[client_socket]
+        client = self._connections[client_socket]
         self._tell(f"New connection from {client}")
         try:
             _set_options(client_socket)
-            lines = self._receive_lines(client)
-            if self._ask_name(client, lines):
-                self._pass_on(client, lines)
+            client.lines = self._read_lines(client)
+            if self._ask_name(client):
+                for line in client.lines:
+                    self._obey(client, line)
         except OSError as error:
-            client.lose(error.strerror or str(error))
+            client.lost = error.strerror or str(error)
         except Exception:  # noqa: BLE001
             traceback.print_exc()  # a bug: the others go on
         finally:
-            self._end(client)
+            if client.dropped:
+                self._tell(f"Disconnected {client}: {client.dropped}")
+            elif client.lost:
+                self._tell(f"Lost connection to {client}: {client.lost}")
+            self.remove_client(client_socket)
 
-    def _end(self, client: _Client) -> None:
-        """Do the last things for a client whose handler reads no more."""
-        if client.dropped:
-            self._tell(f"Disconnected {client}: {client.dropped}")
-        elif client.lost:
-            self._tell(f"Lost connection to {client}: {client.lost}")
-        self.remove_client(client.socket)
-        if not client.name:
-            self._tell(f"Closed connection from {client}")
-        self._linger(client)
-        with self._lock:
-            del self._connections[client.socket]
-        self._arrivals.wake()  # the main thread closes it
+    def _read_lines(self, client: _Client) -> Iterator[bytes]:
+        """Yield the lines of a client, up to the one with which it leaves.
 
-    def _receive_lines(self, client: _Client) -> Iterator[list[bytes]]:
-        """Yield the lines of a client as they come, no more of them than it may send.
+        What it says in lines that came together is then passed on together.
+        """
+        for batch in self._receive(client):
+            for line in batch:
+                if line in protocol.QUIT_LINES:
+                    self._say(client)
+                    if client.name and self._tell_messages:
+                        q = line.decode()
+                        self._tell(f"Received message from {client.name}: {q}")
+                    return
+                yield line
+            self._say(client)
 
-        One at a time until it has joined, since what the next one means depends on it.
-        Ends with EOF, at a shutdown, when the client is dropped, and some time after its
-        peer is gone.
+    def _receive(self, client: _Client) -> Iterator[list[bytes]]:
+        """Yield lines as they come, some at once, no more of them than it may send.
+
+        Ends with EOF, at a shutdown and when the client is dropped; raises OSError when
+        the peer is gone, after what that had sent or some time.
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-        throttle = _Throttle(self._lines_per_second)
-        closed = self._outbox.closed
+        closed = self._broadcaster.closed
+        rate = self._lines_per_second or UNLIMITED
+        used_until = 0.0  # a token bucket: the second whose lines are to be used next
+        read_until = FOREVER
         while (chunk := client.socket.recv(RECEIVE_BYTES)) and not client.dropped:
             lines = splitter.feed(chunk)
-            if not lines and len(chunk) == RECEIVE_BYTES:
-                # A line without end is no reason to keep others from running.
-                closed.wait(PIECE_PAUSE_SECONDS)
+            if not lines:
+                closed.wait(PIECE_PAUSE_SECONDS)  # so that others can run
             while lines:
-                most = MAX_LINES_AT_ONCE if client.name else 1
-                taken = throttle.take(min(len(lines), most))
-                if taken:
-                    yield lines[:taken]
-                    del lines[:taken]
-                elif closed.wait(THROTTLE_PAUSE_SECONDS):
+                now = time.monotonic()
+                used_until = max(used_until, now - BURST_SECONDS)
+                unused = int((now - used_until) * rate)
+                if batch := lines[: min(unused, MAX_LINES_AT_ONCE)]:
+                    yield batch
+                    del lines[: len(batch)]
+                    used_until += len(batch) / rate
+                else:
+                    closed.wait(THROTTLE_PAUSE_SECONDS)
+                if client.dropped or closed.is_set():
                     return
-                if client.dropped or (lines and client.is_read_out()):
-                    return
+                try:
+                    if lines:
+                        client.socket.getpeername()
+                except OSError:  # it is gone for good, and raises no error before EOF
+                    read_until = min(read_until, now + GONE_SECONDS)
+                    if now > read_until:
+                        raise
 
-    def _ask_name(self, client: _Client, lines: Iterator[list[bytes]]) -> bool:
+    def _ask_name(self, client: _Client) -> bool:
         """Read until a line is a name that may be used; False if none comes."""
-        tried = 0
-        for (line,) in lines:
-            if line in protocol.QUIT_LINES:
-                return False
+        for tried in range(1, MAX_NAMES_TRIED + 1):
             try:
-                if text := protocol.decode_message(line):
-                    return self._admit(client, protocol.check_name(text), lines)
+                texts = map(protocol.decode_message, client.lines)
+                text = next(filter(None, texts), "")  # blank lines are passed over
+                return bool(text) and self._admit(client, protocol.check_name(text))
             except ProtocolError as error:
-                tried += 1
                 reason = str(error)
-                if tried == MAX_NAMES_TRIED:
-                    reason += f" ({tried} of {tried} tries on this connection)"
-                self._tell(f"Refused {client}: {reason}")
-                _send_at_once(client, protocol.refusal(reason))
-                if tried == MAX_NAMES_TRIED:
-                    return False
+            if tried == MAX_NAMES_TRIED:
+                reason += f" ({tried} of {tried} tries on this connection)"
+            self._tell(f"Refused {client}: {reason}")
+            self._reply(client, protocol.refusal(reason))
         return False
 
-    def _admit(self, client: _Client, name: str, lines: Iterator[list[bytes]]) -> bool:
+    def _admit(self, client: _Client, name: str) -> bool:
         """Make the client a member, if need be once it has said the password.
 
         Returns False if the client ends instead; raises ProtocolError if the name is
@@ -460,19 +423,14 @@ class ChatServer:
         """
         account = None
         if self._database and (account := self._database.account(name)):
-            self._check_free(name)
             question = f"The name {name} is kept for its owner. What is the password?"
-            _send_at_once(client, protocol.question(question))
-            (line,) = next(lines, [b"q"])
-            if line in protocol.QUIT_LINES:
+            self._reply(client, protocol.question(question))
+            line = next(client.lines, None)
+            if line is None:
                 return False
             if not self._database.is_password(account, line, client):
                 raise ProtocolError(f"That is not the password of {name}.")
         return self._join(client, name, account)
-
-    def _check_free(self, name: str) -> None:
-        if protocol.name_key(name) in self._owners:
-            raise ProtocolError(f"The name {name} is taken.")
 
     def _join(self, client: _Client, name: str, account: bytes | None) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
@@ -481,12 +439,12 @@ class ChatServer:
         taken, or kept by another password by now.
         """
         joined = f"{name} has joined the chat."
-        entry = _Entry(client, protocol.notice(joined), joins=True)
         with self._lock:
             # The wait comes first: what is looked at behind it stays as it is.
-            if not self._outbox.wait_for_room(entry) or client not in self._unjoined:
+            if not self._broadcaster.wait_for_room() or client not in self._unjoined:
                 return False
-            self._check_free(name)
+            if protocol.name_key(name) in self._owners:
+                raise ProtocolError(f"The name {name} is taken.")
             if self._database and self._database.account(name) is not account:
                 raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
@@ -495,58 +453,43 @@ class ChatServer:
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
-            client.name, client.is_sent_to = name, True
+            client.name = name
             notices = b"".join(map(protocol.notice, welcome))
-            self._outbox.append(entry._replace(to_self=notices), f"User {joined}")
-        self._broadcaster.wake()
+            entry = _Entry(client, protocol.notice(joined), notices, joins=True)
+            self._tell(f"User {joined}")
+            self._broadcaster.append(entry)
         return True
 
     def _greeting(self, name: str) -> str:
         """Caller holds _lock."""
-        names = ", ".join(islice(self.clients, MAX_NAMES_LISTED))
+        names = ", ".join(islice(self.clients, MAX_NAMES_LISTED)) or "nobody yet"
         more = len(self.clients) - MAX_NAMES_LISTED
-        others = f"{names} and {more} more" if more > 0 else names
-        online = others or "nobody yet"
+        online = f"{names} and {more} more" if more > 0 else names
         return f"Welcome, {name}! /help lists the commands. Also online: {online}."
 
-    def _pass_on(self, client: _Client, lines: Iterator[list[bytes]]) -> None:
-        """Broadcast what a member says, and obey its commands, until it leaves."""
-        for batch in lines:
-            said: list[str] = []
-            for line in batch:
-                if line in protocol.QUIT_LINES:
-                    self._say(client, said)
-                    if self._tell_messages:
-                        q = line.decode()
-                        self._tell(f"Received message from {client.name}: {q}")
-                    return
-                answer, client.answer = client.answer, None
-                try:
-                    if answer:
-                        answer(line)
-                        continue
-                    text = protocol.decode_message(line)
-                    command, text = protocol.split_command(text)
-                    if command:
-                        if self._outbox.closed.is_set():
-                            return
-                        self._say(client, said)
-                        self._obey(client, command, text)
-                    elif text:
-                        said.append(text)
-                except ProtocolError as error:
-                    self._say(client, said)
-                    self._tell(f"Refused a line from {client}: {error}")
-                    self._submit(_Entry(client, b"", protocol.refusal(error)))
-            self._say(client, said)
-            if self._outbox.closed.is_set():
-                return
+    def _obey(self, client: _Client, line: bytes) -> None:
+        """Note what a member says, or do what it asks for."""
+        try:
+            command, text = protocol.split_command(protocol.decode_message(line))
+            if command:
+                self._say(client)
+                if command not in self._commands:
+                    word = command[: protocol.MAX_NAME_CHARS]  # our client looks for it
+                    reason = "is no command: see /help (//TEXT says /TEXT)."
+                    raise ProtocolError(f"{word} {reason}")
+                self._commands[command][0](self, client, text)
+            elif text:
+                client.said.append(text)
+        except ProtocolError as error:
+            self._say(client)
+            self._tell(f"Refused a line from {client}: {error}")
+            self._reply(client, protocol.refusal(error))
 
-    def _say(self, client: _Client, said: list[str]) -> None:
-        """Broadcast these texts, and empty the list."""
-        if said:
-            self.broadcast_message("\n".join(said), client.socket)
-            said.clear()
+    def _say(self, client: _Client) -> None:
+        """Pass on what a member has said in the lines that came together."""
+        if client.said:
+            self.broadcast_message("\n".join(client.said), client.socket)
+            client.said.clear()
 
     def broadcast_message(self, message: str, sender_socket: socket.socket) -> None:
         """Append what a member says to the outbox, for everybody else.
@@ -565,6 +508,10 @@ class ChatServer:
         encoded = "".join(lines).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
+    def _reply(self, client: _Client, line: bytes) -> None:
+        """Send a client a line of its own."""
+        self._submit(_Entry(client, b"", line))
+
     def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
 
@@ -574,38 +521,25 @@ class ChatServer:
         client = entry.client
         assert client
         with self._lock:
-            has_room = self._outbox.wait_for_room(entry)
-            if not has_room or self.clients.get(client.name) is not client.socket:
+            has_room = self._broadcaster.wait_for_room(entry.size())
+            if not has_room or client.socket not in self._connections:
                 return False
-            self._outbox.append(entry, told)
+            if told:
+                self._tell(told)
+            self._broadcaster.append(entry)
             if said and self._database:
                 self._database.remember(client.name, said)
-        self._broadcaster.wake()
         return True
 
     # --- commands -------------------------------------------------------------------
 
-    def _obey(self, client: _Client, command: str, rest: str) -> None:
-        """Do what a member asks for.  Raises ProtocolError if that cannot be done."""
-        if command not in self._commands:
-            word = command[: protocol.MAX_NAME_CHARS]  # first: our client looks for it
-            raise ProtocolError(f"{word} is no command: see /help (//TEXT says /TEXT).")
-        obey, _, _ = self._commands[command]
-        obey(self, client, rest)
-
-    def _answer(self, client: _Client, notices: Iterable[str]) -> None:
-        """Send a member notices of its own, each of them made once there is room."""
-        for notice in notices:
-            if not self._submit(_Entry(client, b"", protocol.notice(notice))):
-                return
-
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
-        heads = chain([f"{len(names)} online:"], repeat("…"))
-        firsts = range(0, len(names), MAX_NAMES_LISTED)
-        rows = (", ".join(names[first : first + MAX_NAMES_LISTED]) for first in firsts)
-        self._answer(client, (f"{head} {row}" for row, head in zip(rows, heads)))
+        for first in range(0, len(names), MAX_NAMES_LISTED):
+            head = "…" if first else f"{len(names)} online:"
+            row = ", ".join(names[first : first + MAX_NAMES_LISTED])
+            self._reply(client, protocol.notice(f"{head} {row}"))
 
     def _msg(self, client: _Client, rest: str) -> None:
         name, _, text = rest.partition(" ")
@@ -618,9 +552,10 @@ class ChatServer:
                 return
         raise ProtocolError("Nobody here has that name.")
 
-    def _help(self, client: _Client, _: str) -> None:
-        rows = [f"{usage}: {effect}" for _, usage, effect in self._commands.values()]
-        self._answer(client, [*rows, "q, alone on its line: leaves the chat"])
+    def _help(self, client: _Client, rest: str) -> None:
+        for _, usage, effect in self._commands.values():
+            self._reply(client, protocol.notice(f"{usage}: {effect}"))
+        self._reply(client, protocol.notice("q, alone on its line: leaves the chat"))
 
     def _history(self, client: _Client, rest: str) -> None:
         assert self._database
@@ -630,96 +565,77 @@ class ChatServer:
         most = min(int(number), MAX_HISTORY)
         with self._lock:
             messages = self._database.history(most)
-        self._answer(client, messages or ["Nothing has been said yet."])
+        for message in messages or ["Nothing has been said yet."]:
+            self._reply(client, protocol.notice(message))
 
     def _register(self, client: _Client, _: str) -> None:
-        client.answer = partial(self._keep_name, client)
-        question = f"Which password shall keep the name {client.name} for you?"
-        self._submit(_Entry(client, b"", protocol.question(question)))
-
-    def _keep_name(self, client: _Client, line: bytes) -> None:
         assert self._database
-        self._database.change(client, protocol.check_password(line))
-        self._answer(client, [f"The name {client.name} is now kept for you."])
+        question = f"Which password shall keep the name {client.name} for you?"
+        self._reply(client, protocol.question(question))
+        if (line := next(client.lines, None)) is not None:
+            self._database.change(client, protocol.check_password(line))
+            kept = f"The name {client.name} is now kept for you."
+            self._reply(client, protocol.notice(kept))
 
     def _unregister(self, client: _Client, _: str) -> None:
         assert self._database
         if not self._database.account(client.name):
             raise ProtocolError(f"The name {client.name} is not kept.")
         self._database.change(client, None)
-        self._answer(client, [f"The name {client.name} is no longer kept."])
+        free = f"The name {client.name} is no longer kept."
+        self._reply(client, protocol.notice(free))
 
     def remove_client(self, client_socket: socket.socket) -> None:
-        """Take a client off the list, and tell the others that a member has left.
+        """Take a client off the list, tell the others that a member has left, hand over.
 
-        Its handler calls this.  For a client that has not joined, or called again, it
-        announces nothing.
+        The last thing that its handler does: the broadcaster closes the connection.
+        Called again, it does nothing.
         """
         with self._lock:
-            client = self._connections[client_socket]
-            self._unjoined.pop(client, None)
-            if self.clients.get(client.name) is not client_socket:
+            client = self._connections.pop(client_socket, None)
+            if not client:
                 return
-            del self.clients[client.name]
-            del self._owners[protocol.name_key(client.name)]
-            left = protocol.notice(f"{client.name} has left the chat.")
-            told = f"Removing user: {client.name} from clients"
-            self._outbox.append(_Entry(client, left, leaves=True), told)
-        self._broadcaster.wake()
+            self._unjoined.pop(client, None)
+            if client.name:
+                del self.clients[client.name]
+                del self._owners[protocol.name_key(client.name)]
+                self._tell(f"Removing user: {client.name} from clients")
+                left = protocol.notice(f"{client.name} has left the chat.")
+            else:
+                self._tell(f"Closed connection from {client}")
+                left = b""
+            self._broadcaster.append(_Entry(client, left, leaves=True))
 
     # --- the end --------------------------------------------------------------------
 
     def _shut_down(self, broadcaster: threading.Thread) -> None:
-        """End in order, within SHUTDOWN_SECONDS.
+        """End in order.
 
         1. Take no new clients; send those away that have not joined.
         2. Close the outbox, with a last notice to all members.
-        3. Let the broadcaster send all of it to all that read, and hang up.
-        4. Give the clients a moment to hang up too; then wake every handler.
-        5. Wait for the handlers, and close what is left.
+        3. Let the broadcaster send all of it to all that read, and end our side of each
+           connection; it closes those that the peers end too within SHUTDOWN_SECONDS.
+        4. Wake the handlers that are left, wait for them, and close what they held.
         """
-        deadline = time.monotonic() + SHUTDOWN_SECONDS
-        notice = protocol.notice("Server is shutting down.")
         self._arrivals.unregister(self._listener)
         self._listener.close()
+        notice = protocol.notice("Server is shutting down.")
         with self._lock:
-            for client in self._unjoined:
-                _send_at_once(client, notice)
-                _shut(client.socket, socket.SHUT_RD)
-            self._unjoined.clear()
-            clients = list(self._connections.values())
-            self._broadcaster.give_up_at = deadline
-            self._outbox.append(_Entry(None, notice))
-            self._outbox.close()
+            for client in tuple(self._unjoined):
+                self._drop_unjoined(client, "the server shuts down")
+            self._broadcaster.append(_Entry(None, notice, leaves=True))
+            self._broadcaster.close_outbox()
         if self._database:
             self._database.stop()
-        self._broadcaster.wake()
         broadcaster.join()
-        try:
-            self._await_hang_ups(min(deadline, time.monotonic() + HANG_UP_SECONDS))
-        finally:
-            self._end_handlers(clients)
-
-    def _end_handlers(self, clients: list[_Client]) -> None:
-        """Wake the handlers that are left, wait for all, and close what they held."""
         with self._lock:
-            for client_socket in self._connections:
-                _shut(client_socket, socket.SHUT_RDWR)
-        for client in clients:
-            if client.thread:
-                client.thread.join()
-        for client in self._lingering:
-            client.socket.close()
+            left = tuple(self._connections.values())
+        for client in left:
+            _shut(client.socket, socket.SHUT_RDWR)
+        for client in left:
+            client.thread.join()
         self._broadcaster.close()
         self._arrivals.close()
-
-    def _await_hang_ups(self, deadline: float) -> None:
-        """Wait until all connections have ended, or the time has come."""
-        while (now := time.monotonic()) < deadline:
-            seconds = self._meet_deadlines()
-            if not self._connections and not self._lingering:
-                break
-            self._arrivals.wait(min(seconds, deadline - now))
 
 
 # Command → what obeys it, and what /help says of it: usage and effect.
@@ -738,124 +654,92 @@ _DATABASE_COMMANDS = {
 # --- sending: outbox, stream, broadcaster -------------------------------------------
 
 
-class _Outbox:
-    """What is still to be sent: entries in the one order in which all see them."""
+class _Broadcaster:
+    """The outbox, and the thread that sends what is in it and closes the connections.
 
-    def __init__(self, lock: threading.Lock, tell: Callable[[str], None]) -> None:
-        """lock: the server's; callers hold it, but for take()."""
-        self.lock = lock
-        self._tell = tell
+    The outbox is for all threads, under the lock.  All else is the thread's own.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        """lock: the server's."""
+        # The outbox: entries in the one order in which all see them.
+        self._lock = lock
         self._has_room = threading.Condition(lock)
-        self._entries: list[_Entry] = []
-        self._bytes = 0
+        self._outbox: list[_Entry] = []
+        self._outbox_bytes = 0
+        self._rests = False  # the next entry is to wake the thread
         self.closed = threading.Event()  # set under the lock
 
-    def __bool__(self) -> bool:
-        return bool(self._entries)
+        # The stream: what some member has still to be sent, addressed by its offset since
+        # the start of the server; the offset behind its last byte.
+        self._stream = bytearray()
+        self._end = 0
+        self._clients: dict[_Client, None] = {}  # all that had an entry, until closed
+        self._slow: dict[_Client, None] = {}  # watched until their sockets take more
+        self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
+        self._selector = _Selector()  # where the thread rests
+        self._pass_again = False  # some members had their turn before the last look
+        self._passed = 0  # the place up to which all but the slow ones have been sent
+        self._pass_at = 0.0  # no pass before then
+        self._end_at = FOREVER  # set by the last entry
 
-    def wait_for_room(self, entry: _Entry) -> bool:
+    def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
         """Wait until an entry may be appended; False once the outbox is closed.
 
-        One that says much may fill only half of the outbox: the other half keeps the
-        way free for all that just say something.
+        Caller holds the lock.  One that says much may fill only half of the outbox: the
+        other half keeps the way free for all that just say something.
         """
-        size = entry.size()
-        most = MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size
+        most = max(0, MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size)
 
         def fits() -> bool:
-            return not self._entries or self._bytes <= most or self.closed.is_set()
+            return self._outbox_bytes <= most or self.closed.is_set()
 
         if not fits():
             self._has_room.wait_for(fits)
             self._has_room.notify()  # one lets in the next: all at once would be in vain
         return not self.closed.is_set()
 
-    def append(self, entry: _Entry, told: str = "") -> None:
-        """Add an entry, unless closed; `told` is for the terminal, in the same order.
+    def append(self, entry: _Entry) -> None:
+        """Have an entry sent.  Caller holds the lock.  Never waits."""
+        self._outbox.append(entry)
+        self._outbox_bytes += entry.size()
+        if self._rests:
+            self._rests = False
+            self._selector.wake()
 
-        The broadcaster is to be woken afterwards, without the lock.
-        """
-        if told:
-            self._tell(told)
-        if not self.closed.is_set():
-            self._entries.append(entry)
-            self._bytes += entry.size()
-
-    def take(self) -> list[_Entry]:
-        """Return all entries and have room again; for the broadcaster."""
-        with self.lock:
-            entries, self._entries, self._bytes = self._entries, [], 0
-            self._has_room.notify()
-            return entries
-
-    def close(self) -> None:
-        """Take no more entries; what was appended is still sent."""
+    def close_outbox(self) -> None:
+        """Let nobody wait for room any longer.  Caller holds the lock."""
         self.closed.set()
         self._has_room.notify_all()
 
-
-class _Broadcaster:
-    """Sends to the members what is appended to the outbox, in passes.
-
-    All but wake() and close() runs in one thread, which alone touches the stream and the
-    members' places.
-    """
-
-    def __init__(self, outbox: _Outbox, on_end: Callable[[], None]) -> None:
-        """on_end: called when the last send is done, or a bug rules it out."""
-        self._outbox = outbox
-        self._on_end = on_end
-        # What some member has still to be sent, addressed by its offset since the start
-        # of the server; the offset behind its last byte.
-        self._stream = bytearray()
-        self._end = 0
-        self._members: dict[_Client, None] = {}
-        self._slow: dict[_Client, None] = {}  # members whose sockets are full
-        self._writable = _Selector()  # waits until these are not; an append wakes it
-        self._asleep = False  # the next append has to wake it
-        self._pass_again = False  # some members had their turn before the last look
-        self._passed = 0  # the place up to which all but the slow ones have been sent
-        self._pass_at = 0.0  # no pass before then
-        self.give_up_at = FOREVER  # on slow readers; set before the outbox is closed
-
     def run(self) -> None:
-        """Send all that is appended until the outbox is closed and empty.
-
-        However this ends, nobody waits for it afterwards.
-        """
-        try:
-            seconds: float | None = 0.0
-            while seconds is not None:
-                writable = [key.data for key in self._writable.wait(seconds)]
-                self._give_turns(writable)
-                self._make_pass()
-                seconds = self._rest()
-        finally:
-            self._hang_up()
-
-    def wake(self) -> None:
-        """Have what was appended sent.  Never waits; for any thread, without the lock."""
-        if self._asleep:  # else it looks at the outbox again before it rests
-            self._asleep = False
-            self._writable.wake()
+        """Send all that is appended until all have left after the last entry."""
+        while self._clients or self._end_at == FOREVER:
+            ready = self._rest()
+            if time.monotonic() >= self._end_at:
+                return
+            self._give_turns(ready)
+            self._close_ended({*ready})
+            self._make_pass()
 
     def close(self) -> None:
-        """Free what it holds; nobody may wake it any longer."""
-        self._writable.close()
+        """Close the connections that are left; the thread has ended."""
+        for client in self._clients:
+            client.socket.close()
+        self._selector.close()
 
-    def _rest(self) -> float | None:
-        """Return how long to rest; None once all is sent, or time is up."""
-        now = time.monotonic()
-        with self._outbox.lock:
+    def _rest(self) -> list[_Client]:
+        """Wait until there is something to do; return the clients that are ready."""
+        until = min([self._end_at, *self._leaving.values()])
+        with self._lock:
             if self._outbox or self._pass_again:
-                return self._pass_at - now
-            if not self._outbox.closed.is_set():
-                self._asleep = True
-                return FOREVER
-        return self.give_up_at - now if self._slow and now < self.give_up_at else None
+                until = min(until, self._pass_at)
+            else:
+                self._rests = True
+        return self._selector.wait(until - time.monotonic())
 
     def _make_pass(self) -> None:
-        """Give a turn to each member that keeps up.
+        """Give a turn to each client that keeps up.
 
         A pass looks at the outbox a few times: members whose turn is still to come get
         at once what was said meanwhile, and the others get it in the next pass.
@@ -864,172 +748,193 @@ class _Broadcaster:
         if taken or self._pass_again:
             self._pass_again = False
             self._passed = self._end
-            members = [member for member in self._members if member not in self._slow]
-            group = len(members) // LOOKS_PER_PASS + 1
-            for first in range(0, len(members), group):
+            clients = [client for client in self._clients if client not in self._slow]
+            group = len(clients) // LOOKS_PER_PASS + 1
+            for first in range(0, len(clients), group):
                 if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
                     taken += self._take_in()
                     self._pass_again = True  # for those that have had their turn
-                self._give_turns(members[first : first + group])
+                self._give_turns(clients[first : first + group])
         self._mind_slow_readers(taken)
 
     def _take_in(self) -> int:
-        """Move all entries of the outbox to the end of the stream; return their bytes."""
-        entries = self._outbox.take()
-        for client, to_others, to_self, joins, leaves in entries:
-            start = self._end
-            self._stream += to_others
-            self._end += len(to_others)
-            if not client:
+        """Move all entries of the outbox to the end of the stream; return their size."""
+        with self._lock:
+            entries, self._outbox = self._outbox, []
+            size, self._outbox_bytes = self._outbox_bytes, 0
+            self._has_room.notify()
+        for entry in entries:
+            client, start = entry.client, self._end
+            self._stream += entry.to_others
+            self._end += len(entry.to_others)
+            if not client:  # the last entry: all see it, and leave
+                for each in self._clients:
+                    self._queue_face(each, self._end, entry)
+                self._end_at = time.monotonic() + SHUTDOWN_SECONDS
                 continue
-            if joins:
-                self._members[client] = None
-                client.place = start
-            if client in self._members:
-                end = sys.maxsize if leaves else self._end
-                self._add_spot(client, start, end, to_self)
-        return sum(len(entry.to_others) + len(entry.to_self) for entry in entries)
+            self._clients[client] = None
+            self._queue_face(client, start, entry)
+            if entry.leaves:
+                client.socket.setblocking(False)
+                seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
+                self._leaving[client] = time.monotonic() + seconds
+                if client.place == OVER:
+                    self._stop_sending(client)
+        return size
 
-    def _add_spot(self, member: _Client, start: int, end: int, face: bytes) -> None:
-        if member.spots and member.spots[-1][1] == start and not face:
-            first, _, seen = member.spots[-1]
-            member.spots[-1] = first, end, seen  # its own lines one after the other
-        else:
-            member.spots.append((start, end, face))
-            member.spot_bytes += ENTRY_BYTES + len(face)
+    def _queue_face(self, client: _Client, start: int, entry: _Entry) -> None:
+        """Have a client see its own face of an entry.
 
-    def _give_turns(self, members: Iterable[_Client]) -> None:
-        """Send each member what it has not had, as much as its socket takes at once.
+        start: up to there it sees the stream.  Outside of that it stays where it is.
+        """
+        if not client.ahead:
+            client.after = client.place
+        if client.after < start:
+            client.ahead.append(range(client.after, start))
+        if entry.to_self:
+            client.ahead.append(entry.to_self)
+            client.face_bytes += len(entry.to_self)
+        if entry.leaves:
+            client.after = OVER
+        elif entry.joins or client.after < self._end:
+            client.after = self._end
+        if not client.ahead:
+            client.place = client.after
 
-        All that members get is sent here.
+    def _give_turns(self, clients: Iterable[_Client]) -> None:
+        """Send each client what it has not had, as much as its socket takes at once.
+
+        All that is ever sent is sent here.
         """
         place, block = self._end, bytearray()  # members at one place share one block
-        for member in members:
-            if member.spots:
-                data = self._unsent(member)
-            elif member.place == self._end:
+        for client in clients:
+            if client.ahead:
+                data = self._unsent(client)
+            elif client.place >= self._end:
                 continue
             else:
-                if member.place != place:
-                    place = member.place
-                    block = self._slice(place, self._end)
+                if client.place != place:
+                    place = client.place
+                    block = self._slice(range(place, self._end))
                 data = block
             try:
-                sent = member.send(data, MSG_DONTWAIT) if data else 0
+                sent = client.send(data, MSG_DONTWAIT) if data else 0
             except BlockingIOError:
                 sent = 0
             except OSError as error:
-                member.lose(error.strerror or str(error))
-                self._stop_sending(member)
+                client.lost = error.strerror or str(error)
+                self._stop_sending(client)
                 continue
-            if member.spots:
-                self._advance(member, sent)
+            if client.ahead:
+                self._advance(client, sent)
             else:
-                member.place += sent
-            if member.place != self._end or member.spots or member in self._slow:
-                self._note_progress(member)
+                client.place += sent
+            if client.place != self._end or client.ahead or client in self._slow:
+                self._note_progress(client)
 
-    def _slice(self, start: int, end: int) -> bytearray:
-        """Return this part of the stream, as much of it as one send offers."""
+    def _slice(self, part: range) -> bytearray:
+        """Return a part of the stream, as much of it as one send offers."""
         first = self._end - len(self._stream)
-        return self._stream[start - first : min(end, start + TURN_BYTES) - first]
+        return self._stream[part.start - first : part[:TURN_BYTES].stop - first]
 
-    def _unsent(self, member: _Client) -> bytearray:
-        """Return the next bytes for a member that has spots."""
-        data, place = bytearray(), member.place
-        for start, end, face in chain(member.spots, [(self._end, self._end, b"")]):
-            data += self._slice(place, start)
-            if len(data) < TURN_BYTES:
-                data += face[:TURN_BYTES]
+    def _unsent(self, client: _Client) -> bytearray:
+        """Return the next bytes for a client that has pieces ahead."""
+        data = bytearray()
+        for piece in chain(client.ahead, [range(client.after, self._end)]):
             if len(data) >= TURN_BYTES:
                 break
-            place = end
+            data += self._slice(piece) if isinstance(piece, range) else piece
         return data
 
-    def _advance(self, member: _Client, sent: int) -> None:
-        """Move the place of a member that has spots past what its socket took."""
-        while member.spots:
-            start, end, face = member.spots[0]
-            size = start - member.place + len(face)
-            if sent < size:
-                taken = max(0, sent - (start - member.place))  # of this face
-                member.spots[0] = start, end, face[taken:]
-                member.spot_bytes -= taken
-                sent -= taken
-                break
-            member.spots.popleft()
-            member.spot_bytes -= ENTRY_BYTES + len(face)
-            member.place = end
-            sent -= size
-        member.place += sent
+    def _advance(self, client: _Client, sent: int) -> None:
+        """Pass what the socket of such a client took."""
+        while client.ahead:
+            piece = client.ahead.popleft()
+            taken = min(sent, len(piece))
+            if isinstance(piece, range):
+                client.place = piece.start + taken
+            else:
+                client.face_bytes -= taken
+            if taken < len(piece):
+                client.ahead.appendleft(piece[taken:])
+                return
+            sent -= taken
+        client.place = client.after + sent
 
-    def _note_progress(self, member: _Client) -> None:
-        """Watch the socket of a member that is behind, and only of such a member."""
-        if member.place == sys.maxsize:
-            self._stop_sending(member)  # it leaves, and has had all before that
-        elif member.place == self._end and not member.spots:
-            if member in self._slow:
-                del self._slow[member]
-                self._writable.unregister(member.socket)
-        elif member not in self._slow:
-            try:
-                if len(self._slow) >= MAX_WATCHED:
-                    raise OSError(errno.EMFILE, "too many others are")
-                self._writable.register(member.socket, selectors.EVENT_WRITE, member)
-                self._slow[member] = None
-            except OSError as error:
-                member.dropped = f"too slow, and {error.strerror}"
-                self._stop_sending(member)
+    def _note_progress(self, client: _Client) -> None:
+        """Watch the socket of a client that is behind, and only of such a client."""
+        if client.place == OVER:
+            self._stop_sending(client)
+        elif client.place >= self._end and not client.ahead:
+            self._unwatch(client)
+        elif client not in self._slow:
+            self._slow[client] = None
+            if not self._watch(client, selectors.EVENT_WRITE):
+                self._drop(client, "too many others are")
 
     def _mind_slow_readers(self, taken: int) -> None:
-        """Forget what all members have; drop a member that is too far behind.
+        """Forget what all members have; drop a client that is too far behind.
 
-        While one is near that, the next pass comes later: in proportion to the bytes
-        that this one took in, and to how far beyond half of its limit the member is.
+        While one is near that, the next pass comes later: in proportion to the size of
+        what this one took in, and to how far beyond half of its limit the client is.
         """
         place, most, own = self._passed, 0, 0
-        for member in tuple(self._slow):
-            unsent = self._end - member.place + member.spot_bytes
+        for client in tuple(self._slow):
+            unsent = max(0, self._end - client.place) + client.own_bytes()
             if unsent > MAX_UNSENT_BYTES:
-                self._drop(member, unsent)
+                self._drop(client, f"{unsent} bytes waited for it")
             else:
-                place, most = min(place, member.place), max(most, unsent)
-                own += member.spot_bytes
+                place, most = min(place, client.place), max(most, unsent)
+                own += client.own_bytes()
         if own > MAX_OWN_BYTES:
-            greediest = max(self._slow, key=lambda member: member.spot_bytes)
-            self._drop(greediest, greediest.spot_bytes)
+            greediest = max(self._slow, key=_Client.own_bytes)
+            self._drop(greediest, f"{greediest.own_bytes()} bytes waited for it alone")
         del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
             fullness = min(1.0, taken / MAX_OUTBOX_BYTES)
             self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure * fullness
 
-    def _drop(self, member: _Client, unsent: int) -> None:
-        member.dropped = f"too slow, {unsent} bytes waited for it"
-        self._stop_sending(member)
+    def _drop(self, client: _Client, why: str) -> None:
+        client.dropped = f"too slow, {why}"
+        _shut(client.socket, socket.SHUT_RDWR)  # wakes its handler
+        self._stop_sending(client)
 
-    def _stop_sending(self, member: _Client) -> None:
-        """Send nothing more to a member, and end our side of its connection.
+    def _stop_sending(self, client: _Client) -> None:
+        """End our side of a connection; what the peer has sent can still be read."""
+        self._unwatch(client)
+        client.place = OVER
+        client.ahead.clear()
+        client.face_bytes = 0
+        _shut(client.socket, socket.SHUT_WR)
+        if client in self._leaving:
+            self._watch(client, selectors.EVENT_READ)
 
-        What one that is lost had sent can still be read.
+    def _close_ended(self, ready: set[_Client]) -> None:
+        """Close the connections that have ended on both sides, or whose time is up.
+
+        A close with input unread would reset the connection, and could cost the peer
+        the last lines to it.
         """
-        del self._members[member]
-        if member in self._slow:
-            del self._slow[member]
-            self._writable.unregister(member.socket)
-        how = socket.SHUT_RDWR if member.dropped else socket.SHUT_WR
-        _shut(member.socket, how)
-        member.spots.clear()
-        member.spot_bytes = 0
-        member.is_sent_to = False  # now the main thread may close it
+        now = time.monotonic()
+        for client, until in tuple(self._leaving.items()):
+            is_over = client in ready and client.place == OVER
+            if until <= now or (is_over and _has_ended(client.socket)):
+                self._unwatch(client)
+                del self._clients[client], self._leaving[client]
+                client.socket.close()
 
-    def _hang_up(self) -> None:
-        """Send nothing more to anybody, and let the server end."""
-        with self._outbox.lock:
-            self._outbox.close()
-        self._on_end()
-        for member in tuple(self._members):
-            self._stop_sending(member)
+    def _watch(self, client: _Client, events: int) -> bool:
+        """Wait for the socket of a client too; False if there are too many."""
+        if len(self._selector.get_map()) >= MAX_WATCHED:
+            return False
+        self._selector.register(client.socket, events, client)
+        return True
+
+    def _unwatch(self, client: _Client) -> None:
+        self._slow.pop(client, None)
+        with suppress(KeyError):
+            self._selector.unregister(client.socket)
 
 
 class _Selector(selectors.DefaultSelector):
@@ -1047,36 +952,18 @@ class _Selector(selectors.DefaultSelector):
         with suppress(OSError):  # full of wake-ups, or closed
             self.waker.send(b"\0")
 
-    def wait(self, seconds: float) -> list[selectors.SelectorKey]:
-        """Return the sockets that are ready; none if it was woken or time is up."""
+    def wait(self, seconds: float) -> list[Any]:
+        """Return the data of the sockets that are ready; less if it was woken."""
         ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
-        keys = [key for key, _ in ready if key.fileobj is not self._woken]
-        if len(keys) < len(ready):
+        found = [key.data for key, _ in ready if key.data]
+        if len(found) < len(ready):
             self._woken.recv(RECEIVE_BYTES)
-        return keys
+        return found
 
     def close(self) -> None:
         super().close()
         self.waker.close()
         self._woken.close()
-
-
-class _Throttle:
-    """A token bucket: a client's lines, so many a second and some at once."""
-
-    def __init__(self, per_second: int) -> None:
-        self._per_second = per_second  # 0: no limit
-        self._used_until = 0.0  # the second whose lines are to be used next
-
-    def take(self, wanted: int) -> int:
-        """Return how many lines, up to `wanted`, may be read now, and count them."""
-        if not self._per_second:
-            return wanted
-        now = time.monotonic()
-        self._used_until = max(self._used_until, now - BURST_SECONDS)
-        taken = min(wanted, int((now - self._used_until) * self._per_second))
-        self._used_until += taken / self._per_second
-        return taken
 
 
 # --- sockets ------------------------------------------------------------------------
@@ -1101,8 +988,7 @@ def _set_options(client_socket: socket.socket) -> None:
     Without data under way by keep-alive; with it by the user timeout, since the kernel
     does not count keep-alive then (tcp(7)).  A system sets those that it has.
     """
-    if sys.platform != "linux":  # elsewhere inherited from the listener
-        client_socket.setblocking(True)
+    client_socket.setblocking(True)  # macOS has it as the listener has
     client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         ("TCP_NODELAY", 1),  # a message does not wait until the last one is answered
@@ -1116,29 +1002,13 @@ def _set_options(client_socket: socket.socket) -> None:
             client_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _sender(
-    client_socket: socket.socket,
-) -> Callable[[bytes | bytearray, int], int]:
-    """Return what sends as much as the socket takes at once, or raises BlockingIOError.
-
-    To be called with MSG_DONTWAIT.  The socket itself stays blocking: its handler waits
-    in recv() at the same time.  Where there is no such flag, it sends a little at once.
-    """
-    if MSG_DONTWAIT:
-        return client_socket.send
-
-    def send(data: bytes | bytearray, _: int) -> int:
-        if not select.select([], [client_socket], [], 0)[1]:
-            raise BlockingIOError
-        return client_socket.send(data[:1024])  # so little does not block
-
-    return send
-
-
-def _send_at_once(client: _Client, line: bytes) -> None:
-    """Send a line to one that is no member, without waiting; its peer may be gone."""
-    with suppress(OSError):  # its handler finds out by itself
-        client.send(line, MSG_DONTWAIT)
+def _send_a_little(
+    client_socket: socket.socket, data: bytes | bytearray, _: int
+) -> int:
+    """Send so little that it does not block, or raise BlockingIOError."""
+    if not select.select([], [client_socket], [], 0)[1]:
+        raise BlockingIOError
+    return client_socket.send(data[:1024])
 
 
 def _shut(client_socket: socket.socket, how: int) -> None:
@@ -1154,7 +1024,7 @@ def _shut(client_socket: socket.socket, how: int) -> None:
 def _has_ended(client_socket: socket.socket) -> bool:
     """Look, without waiting, whether the peer has ended a connection; pass over input."""
     try:
-        return not client_socket.recv(TURN_BYTES)
+        return not client_socket.recv(RECEIVE_BYTES)
     except BlockingIOError:
         return False
     except OSError:
