@@ -368,8 +368,8 @@ class ChatServer:
     def _receive(self, client: _Client) -> Iterator[list[bytes]]:
         """Yield lines as they come, some at once, no more of them than it may send.
 
-        Ends with EOF, at a shutdown and when the client is dropped; raises OSError when
-        the peer is gone, after what that had sent or some time.
+        Ends with EOF, at a shutdown, when the client is dropped, and some time after its
+        peer is gone.
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         closed = self._broadcaster.closed
@@ -392,13 +392,11 @@ class ChatServer:
                     closed.wait(THROTTLE_PAUSE_SECONDS)
                 if client.dropped or closed.is_set():
                     return
-                try:
-                    if lines:
-                        client.socket.getpeername()
-                except OSError:  # it is gone for good, and raises no error before EOF
+                if lines and _is_gone(client.socket):
                     read_until = min(read_until, now + GONE_SECONDS)
                     if now > read_until:
-                        raise
+                        client.lost = os.strerror(errno.ECONNRESET)
+                        return
 
     def _ask_name(self, client: _Client) -> bool:
         """Read until a line is a name that may be used; False if none comes."""
@@ -423,6 +421,7 @@ class ChatServer:
         """
         account = None
         if self._database and (account := self._database.account(name)):
+            self._check_free(name)
             question = f"The name {name} is kept for its owner. What is the password?"
             self._reply(client, protocol.question(question))
             line = next(client.lines, None)
@@ -431,6 +430,10 @@ class ChatServer:
             if not self._database.is_password(account, line, client):
                 raise ProtocolError(f"That is not the password of {name}.")
         return self._join(client, name, account)
+
+    def _check_free(self, name: str) -> None:
+        if protocol.name_key(name) in self._owners:
+            raise ProtocolError(f"The name {name} is taken.")
 
     def _join(self, client: _Client, name: str, account: bytes | None) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
@@ -443,8 +446,7 @@ class ChatServer:
             # The wait comes first: what is looked at behind it stays as it is.
             if not self._broadcaster.wait_for_room() or client not in self._unjoined:
                 return False
-            if protocol.name_key(name) in self._owners:
-                raise ProtocolError(f"The name {name} is taken.")
+            self._check_free(name)
             if self._database and self._database.account(name) is not account:
                 raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
@@ -886,9 +888,10 @@ class _Broadcaster:
             else:
                 place, most = min(place, client.place), max(most, unsent)
                 own += client.own_bytes()
-        if own > MAX_OWN_BYTES:
+        while own > MAX_OWN_BYTES:
             greediest = max(self._slow, key=_Client.own_bytes)
-            self._drop(greediest, f"{greediest.own_bytes()} bytes waited for it alone")
+            own -= (unsent := greediest.own_bytes())
+            self._drop(greediest, f"{unsent} bytes waited for it alone")
         del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
@@ -926,10 +929,11 @@ class _Broadcaster:
 
     def _watch(self, client: _Client, events: int) -> bool:
         """Wait for the socket of a client too; False if there are too many."""
-        if len(self._selector.get_map()) >= MAX_WATCHED:
-            return False
-        self._selector.register(client.socket, events, client)
-        return True
+        with suppress(OSError):  # for the system
+            if len(self._selector.get_map()) < MAX_WATCHED:
+                self._selector.register(client.socket, events, client)
+                return True
+        return False
 
     def _unwatch(self, client: _Client) -> None:
         self._slow.pop(client, None)
@@ -1019,6 +1023,15 @@ def _shut(client_socket: socket.socket, how: int) -> None:
     """
     with suppress(OSError):  # ended already
         client_socket.shutdown(how)
+
+
+def _is_gone(client_socket: socket.socket) -> bool:
+    """Tell whether the connection has been reset, also if input is still unread."""
+    try:
+        client_socket.getpeername()
+        return False
+    except OSError:
+        return True
 
 
 def _has_ended(client_socket: socket.socket) -> bool:
@@ -1300,7 +1313,7 @@ class Database(Recorder):
             while True:
                 with suppress(TimeoutError):
                     return salt + hashing.result(HASH_PAUSE_SECONDS)
-                if client.dropped or client.is_read_out():
+                if client.dropped or _is_gone(client.socket):
                     hashing.cancel()
         except (CancelledError, RuntimeError):  # or stopped meanwhile, or before
             raise ProtocolError("There was no time for the password.") from None

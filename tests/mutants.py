@@ -181,11 +181,13 @@ taken-name-by-its-letters: test_after_a_refused_name_another_one_may_be_sent
 - if protocol.name_key(name) in self._owners:
 + if name in self.clients:
 name-checked-outside-lock: test_one_of_fifty_claims_of_a_name_at_one_moment_wins
--                 raise ProtocolError(f"The name {name} is taken.")
-+                 raise ProtocolError(f"The name {name} is taken.")
+-             self._check_free(name)
+-             if self._database and
++             self._check_free(name)
 +             self._lock.release()
 +             select.select([], [], [], 0.01)
 +             self._lock.acquire()
++             if self._database and
 newcomer-hears-the-past: test_everybody_sees_what_follows or test_all_members_and_the_terminal_see_one_order
 -         if not client.ahead:
 -             client.place = client.after
@@ -277,8 +279,8 @@ stalled-leaver-kept: test_who_leaves_without_reading_is_not_waited_for
 - if until <= now or (is_over
 + if (is_over
 own-faces-unlimited: test_what_members_alone_see_is_bounded
-- if own > MAX_OWN_BYTES:
-+ if False:
+- while own > MAX_OWN_BYTES:
++ while False:
 bug-in-reading-ends-all: test_a_bug_in_reading_ends_one_connection
 - except Exception:  # noqa: BLE001
 + except KeyError:
