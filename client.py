@@ -43,6 +43,7 @@ from typing import Any, Self
 import protocol
 
 try:
+    import fcntl
     import termios
 
     # All others that we note end the program.
@@ -354,9 +355,14 @@ class ChatClient:
         if self._joined and not isinstance(leave, ServerHangs):
             with suppress(OSError):  # the server was quicker
                 self._socket.shutdown(socket.SHUT_WR)
+            untaken = _untaken_bytes(self._socket)
             try:
-                with suppress(ServerHangs):
-                    self._wait(lambda: self._end)
+                while not self._end:
+                    with suppress(ServerHangs):
+                        self._wait(lambda: self._end)
+                    before, untaken = untaken, _untaken_bytes(self._socket)
+                    if not 1 < untaken < before:  # the end of our side counts as one
+                        break
             except KeyboardInterrupt:
                 self._status = INTERRUPTED
         if self._joined and not self._end:
@@ -415,12 +421,19 @@ class ChatClient:
         return True
 
 
+def _untaken_bytes(client_socket: socket.socket) -> int:
+    """Return how much the server's side has not taken yet, as far as the system tells."""
+    if termios:
+        with suppress(OSError):  # the connection has ended
+            answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
+            return int.from_bytes(answer, sys.byteorder)
+    return 0
+
+
 # The local modes that are off while we get key by key (Ctrl-C and Ctrl-Z stay signals),
 # and while a password is typed on a plain terminal.
 _EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
 _HIDDEN = termios.ECHO if termios else 0
-# A line that leaves, among those that were typed ahead.
-_LEAVES = re.compile(r"(?:^|[\r\n])(?:\x04|[ \t]*[qQ][ \t]*[\r\n])")
 # Red is for refusals, magenta for private messages.
 _NAME_COLOURS = (32, 33, 34, 36, 92, 93, 94, 96)
 _STYLES = {"*": 2, "!": 31, "?": 1, "private": 35}
@@ -535,7 +548,7 @@ class Terminal:
             if line.text.strip().lower() in ("y", "yes"):
                 self._queue_pasted(self._unconfirmed)
             return ""
-        leaves = line.text.strip().lower() == "q"
+        leaves = _is_quit(line.text)
         if key == "\x04" or leaves and not line.is_text:
             raise Leave
         if prompt == MESSAGE:
@@ -564,7 +577,7 @@ class Terminal:
     def _paste(self, text: str) -> None:
         """Insert a line; of a longer text send lines, or ask before if there are many."""
         first, *more = map(protocol.clean, re.split("\r\n|\r|\n", text))
-        self._line.before += first
+        self._line.edit(first)
         if self._prompt != MESSAGE:  # where the other lines are of no use
             return
         self._line.is_text = True
@@ -609,9 +622,10 @@ class Terminal:
         readable, ready, _ = select.select(inputs, writable, [], timeout)
         if self._woken in readable:
             self._woken.recv(READ_BYTES)
-        # Before reading: Ctrl-C empties the system's buffer, and a read might wait.
-        self.heed_signals()
-        if self._keyboard in readable:
+        # Before reading, and then not at once: Ctrl-C and Ctrl-Z empty the system's buffer.
+        if self._signals:
+            self.heed_signals()
+        elif self._keyboard in readable:
             self._read_keyboard()
         elif self._reader.pasting and time.monotonic() >= self._read_at + PASTE_SECONDS:
             self._ahead += self._reader.feed(_PASTE_END.encode())  # its end got lost
@@ -623,7 +637,8 @@ class Terminal:
         with suppress(OSError):  # the terminal has been closed
             chunk = os.read(self._keyboard, READ_BYTES)
         # A read that never waits is empty as well if Ctrl-C or Ctrl-Z came before it.
-        self._input_ended = not (chunk or self._signals)
+        if not (chunk or self._signals):
+            self._input_ended = True
         self._ahead += self._reader.feed(chunk)
         self._read_at = time.monotonic()
         return chunk != b""
@@ -632,8 +647,19 @@ class Terminal:
         """Tell whether the person has asked to leave in what is typed ahead."""
         if not self.person:  # what is in a pipe is used up first
             return self._input_ended and not self._ahead
-        typed = "".join(key for key in self._ahead if not key.startswith(_PASTED))
-        return self._input_ended or _LEAVES.search(typed) is not None
+        line = Line()
+        for key in self._ahead:
+            if not self._edits:
+                line.before, key = key.removesuffix("\n"), "\n"
+            elif key.startswith(_PASTED):
+                line.before += key  # as text: a q in it does not leave
+            if key in _ENTERS and _is_quit(line.text):
+                return True
+            if key == "\x04" and not line.text:
+                return True
+            line.edit(key)
+            line = Line() if key in _ENTERS else line
+        return self._input_ended
 
     def wake(self) -> None:
         """Let the main thread look at what it waits for.  For any thread."""
@@ -830,6 +856,10 @@ class Terminal:
                     select.select([], [self._screen], [])
 
 
+def _is_quit(text: str) -> bool:
+    return text.strip().lower() == "q"
+
+
 def _move(steps: int, direction: str) -> str:
     return f"\x1b[{steps}{direction}" if steps else ""
 
@@ -839,7 +869,7 @@ def _width_at(text: str, place: int) -> int:
     char = text[place]
     category = unicodedata.category(char)
     # Emoji joined by U+200D take the cells of one; letters so joined stand side by side.
-    joined = category == "So" and text[place - 1 : place] == "\u200d"
+    joined = category[0] == "S" and text[place - 1 : place] == "\u200d"
     jamo = "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7ff"  # medial, final
     if joined or jamo or category in ("Mn", "Me", "Cf"):
         return 0
