@@ -520,7 +520,7 @@ prompts-before-the-answer: test_prompt_in_a_pipe_appears_only_with_its_answer
 prompt-after-the-answer-with-tee: test_no_escape_sequence_if_only_one
 - self.person = sys.stdin.isatty()
 + self.person = sys.stdin.isatty() and sys.stdout.isatty()
-last-line-lost: test_end_of_piped_input
+last-line-lost: test_all_that_was_piped_reaches
 - self._splitter.feed(chunk or b"\n")
 + self._splitter.feed(chunk)
 """
