@@ -396,7 +396,9 @@ bug-in-the-receiver-not-told: test_bug_in_the_receiver
 +             end = ConnectionLost
 password-sent-as-a-name: test_password_at_the_name_is_not_shown
 - self._exchange(self._terminal.ask(PASSWORD))
-+ self._send_name(self._terminal.ask(PASSWORD))
++ secret = self._terminal.ask(PASSWORD)
++                 self._check_connection()
++                 self._exchange(secret)
 password-shown: test_password_in_the_chat or test_password_in_a_pipe
 - PASSWORD = "Password: "
 + MESSAGE = PASSWORD = "Password: "

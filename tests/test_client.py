@@ -453,6 +453,17 @@ def test_piped_client_ends_by_itself_when_the_server_does(
     assert piped.end() == (1, ["* Server is shutting down.", LOST])
 
 
+def test_reset_while_a_pipe_is_leaving_is_told_and_has_status_1(puppet: Puppet) -> None:
+    piped = puppet.piped("1\nAlex\nHello\nq\n")
+    caller = puppet.welcome()
+    piped.output.until("Leaving the chat...")
+
+    caller.reset()
+
+    lost = "Connection lost: Connection reset by peer."
+    assert piped.end() == (1, [lost, "Connection closed."])
+
+
 def test_refused_lines_do_not_touch_the_lines_around_them(room: Room) -> None:
     """What is not UTF-8, and what is too long, but not what only cleaning makes so."""
     bob = room.member("Bob")
@@ -1152,6 +1163,56 @@ def test_what_is_typed_ahead_is_not_left_for_the_shell(
     assert alex.output.count("Leaving the chat...") == 1
 
 
+# The first connection is made; each later one hangs until something is typed.
+HANGING_CONNECT = """
+connect = client.socket.create_connection
+def hang(*address):
+    client.os.write(1, b"(connecting)\\n")
+    client.select.select([0], [], [])
+    raise TimeoutError("timed out")
+def connect_once(*address):
+    client.socket.create_connection = hang
+    return connect(*address)
+client.socket.create_connection = connect_once
+"""
+
+
+@pytest.mark.parametrize(("kind", "keys"), [("dumb", CTRL_D), ("xterm", f"q{ENTER}")])
+def test_leaving_while_a_new_connection_is_being_made(
+    puppet: Puppet, kind: str, keys: str
+) -> None:
+    alex = puppet.terminal(changed(HANGING_CONNECT), TERM=kind)
+    puppet.join(alex).close()
+    wait_for_prompt(alex, "Enter your choice:")
+    alex.type(f"1{ENTER}")
+    alex.wait_for("(connecting)")
+
+    alex.type(keys)
+
+    assert alex.end() == 1
+    assert alex.screen.rows[-3:] == [*LEFT, ""]
+
+
+@needs_proc
+def test_client_that_is_terminated_while_it_is_stopped_ends(
+    room: Room, start_terminal: StartTerminal
+) -> None:
+    """Continued in the background it may not touch the terminal: that would stop it."""
+    alex = start_terminal(room.address)
+    bob = meet(room, alex)
+    process = alex.pid()
+    alex.type(CTRL_Z)
+    assert alex.status() == 128 + signal.SIGTSTP
+
+    os.kill(process, signal.SIGTERM)
+    os.kill(process, signal.SIGCONT)
+
+    assert bob.line() == HAS_LEFT
+    file = Path(f"/proc/{process}/cmdline")  # of a zombie it is empty
+    wait_until(lambda: not file.exists() or file.read_bytes() == b"")
+    assert alex.modes() == alex.modes_before
+
+
 # --- servers that are full, and servers that are gone -------------------------------
 
 
@@ -1542,66 +1603,3 @@ def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
     assert ended == status
     assert ("Password: " in output) == (heard != [])
     assert PASSWORD not in "\n".join(output)
-
-
-# --- leaving, stopping and losing the connection at odd moments ---------------------
-
-# The first connection is made; each later one hangs until something is typed.
-HANGING_CONNECT = """
-connect = client.socket.create_connection
-def hang(*address):
-    client.os.write(1, b"(connecting)\\n")
-    client.select.select([0], [], [])
-    raise TimeoutError("timed out")
-def connect_once(*address):
-    client.socket.create_connection = hang
-    return connect(*address)
-client.socket.create_connection = connect_once
-"""
-
-
-@pytest.mark.parametrize(("kind", "keys"), [("dumb", CTRL_D), ("xterm", f"q{ENTER}")])
-def test_leaving_while_a_new_connection_is_being_made(
-    puppet: Puppet, kind: str, keys: str
-) -> None:
-    alex = puppet.terminal(changed(HANGING_CONNECT), TERM=kind)
-    puppet.join(alex).close()
-    wait_for_prompt(alex, "Enter your choice:")
-    alex.type(f"1{ENTER}")
-    alex.wait_for("(connecting)")
-
-    alex.type(keys)
-
-    assert alex.end() == 1
-    assert alex.screen.rows[-3:] == [*LEFT, ""]
-
-
-@needs_proc
-def test_client_that_is_terminated_while_it_is_stopped_ends(
-    room: Room, start_terminal: StartTerminal
-) -> None:
-    """Continued in the background it may not touch the terminal: that would stop it."""
-    alex = start_terminal(room.address)
-    bob = meet(room, alex)
-    process = alex.pid()
-    alex.type(CTRL_Z)
-    assert alex.status() == 128 + signal.SIGTSTP
-
-    os.kill(process, signal.SIGTERM)
-    os.kill(process, signal.SIGCONT)
-
-    assert bob.line() == HAS_LEFT
-    file = Path(f"/proc/{process}/cmdline")  # of a zombie it is empty
-    wait_until(lambda: not file.exists() or file.read_bytes() == b"")
-    assert alex.modes() == alex.modes_before
-
-
-def test_reset_while_a_pipe_is_leaving_is_told_and_has_status_1(puppet: Puppet) -> None:
-    piped = puppet.piped("1\nAlex\nHello\nq\n")
-    caller = puppet.welcome()
-    piped.output.until("Leaving the chat...")
-
-    caller.reset()
-
-    lost = "Connection lost: Connection reset by peer."
-    assert piped.end() == (1, [lost, "Connection closed."])
