@@ -383,6 +383,9 @@ loss-forgotten-by-the-status: test_killed_server_is_told_within_a_second
 -             except ConnectionLost as lost:
 -                 self._status = 1
 +             except ConnectionLost as lost:
+line-being-sent-lost: test_pasted_lines_that_were_not_sent
+- draft.before, draft.after = text, draft.text
++ pass
 status-of-a-loss-kept-after-joining: test_half_typed_line_is_typed_on_after
 - self._status, self._name = 0, name
 + self._name = name
@@ -486,6 +489,9 @@ no-means-yes: test_no_to_a_long_paste
 paste-never-ends: test_paste_without_an_end_is_taken
 - longest = PASTE_SECONDS if self._reader.pasting else A_DAY
 + longest = A_DAY
+stopped-in-a-paste: test_paste_without_an_end_is_taken
+- number == signal.SIGTSTP and not self._reader.pasting
++ number == signal.SIGTSTP
 paste-not-cleaned: test_pasted_q_is_text_as_all_that_is_pasted
 - first, *more = map(protocol.clean, 
 + first, *more = map(str, 

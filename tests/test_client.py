@@ -1116,6 +1116,8 @@ def test_pasted_lines_that_were_not_sent_are_counted_when_the_connection_is_lost
     alex.wait_for("not sent")
     (unsent,) = re.findall(r"not sent: (\d+)", alex.output)
     assert 0 < int(unsent) == 200 - alex.output.count("You: x")
+    alex.type(f"1{ENTER}{ENTER}{ENTER}")  # the one that was being sent is there again
+    assert puppet.welcome().line() == "x" * 1000
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
@@ -1425,7 +1427,7 @@ def test_keys_and_pastes_that_come_in_pieces_are_whole(small_chat: Chat) -> None
     assert bob.lines(3) == ["Alex: x日b", "Alex: q ", "Alex: ä"]
 
 
-def test_paste_without_an_end_is_taken_once_it_is_silent_and_ctrl_c_ends_it(
+def test_paste_without_an_end_is_taken_once_it_is_silent_and_only_ctrl_c_ends_it(
     room: Room, start_terminal: StartTerminal
 ) -> None:
     alex = start_terminal(room.address, changed("client.PASTE_SECONDS *= 0.1"))
@@ -1436,7 +1438,11 @@ def test_paste_without_an_end_is_taken_once_it_is_silent_and_ctrl_c_ends_it(
     assert bob.lines(2) == ["Alex: one", "Alex: q "]
     alex.type(f" and on{ENTER}")
     assert bob.line() == "Alex: three and on"
-    alex.type("\x1b[200~one\rq\r")
+    alex.type("!\x1b[200~one\rq\r")
+    wait_for_prompt(alex, "You: !")
+    seen = len(alex.output)
+    alex.type(CTRL_Z)  # the shell would get, and run, the rest
+    alex.wait_until(lambda: len(alex.output) > seen)
     alex.type(CTRL_C)
     assert alex.end() == 130
 
@@ -1469,7 +1475,7 @@ def test_password_at_the_name_is_not_shown(puppet: Puppet) -> None:
 
     caller.say(ASKED)
     wait_for_prompt(alex, "Password:")
-    alex.type(f"{UP}wrong{ENTER}")
+    alex.type(f"{UP}wr\tong{ENTER}")
     assert caller.line() == "wrong"
     caller.say("! That is not it.")
     alex.wait_for("! That is not it.")
