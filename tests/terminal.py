@@ -246,10 +246,7 @@ class Terminal:
         def seen() -> bool:
             return self.screen.rows == rows and cursor in (None, self.screen.cursor)
 
-        with suppress(AssertionError):
-            self.wait_until(seen)
-        assert self.screen.rows == rows
-        assert cursor in (None, self.screen.cursor)
+        self.wait_until(seen)
         return True
 
     def is_silent(self, seconds: float) -> bool:
