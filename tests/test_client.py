@@ -1346,6 +1346,33 @@ def test_half_typed_line_is_typed_on_after_the_server_restarted(puppet: Puppet) 
     assert alex.end() == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_ten_lost_connections_leave_no_thread_descriptor_or_stale_row(
+    puppet: Puppet,
+) -> None:
+    alex = puppet.terminal()
+    caller = puppet.join(alex)
+    process = Path(f"/proc/{alex.pid()}")
+    before = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
+    expected = alex.screen.rows[:-1]
+
+    reset = "Connection lost: Connection reset by peer."
+    for end, lost in [(Caller.close, LOST), (Caller.reset, reset)] * 5:
+        end(caller)
+        wait_for_prompt(alex, "Enter your choice:")
+        alex.type(f"1{ENTER}")
+        wait_for_prompt(alex, "Enter your username [Alex]:")
+        alex.type(ENTER)
+        caller = puppet.welcome()
+        again = [lost, *MENU, NAMED[0], "Enter your username [Alex]:"]
+        expected += [*again, *JOINING[-1:], "* Welcome, Alex!"]
+        wait_for_prompt(alex)
+        assert alex.screen.everything == [*expected, "You:"]
+
+    after = [len(list((process / kind).iterdir())) for kind in ("task", "fd")]
+    assert after == before
+
+
 def test_bug_in_the_receiver_is_told_and_does_not_hang_the_client(room: Room) -> None:
     bug = """
 import protocol
