@@ -5,6 +5,7 @@ Threads:
   handlers      handle_client, one per client: read, check, append to the outbox
   broadcaster   all that is ever sent; closes the connections
   recorders     what the terminal shows; with --database, what is kept there
+  hashing       with --database, two: the passwords
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
 one entry to the outbox, under the lock.  The broadcaster moves all entries that are in
@@ -239,8 +240,6 @@ class ChatServer:
         self._stopping = True
         self._arrivals.wake()
 
-    # --- connections come: the main thread ------------------------------------------
-
     def accept_connections(self) -> None:
         """Accept clients until told to stop; each one gets a thread of its own.
 
@@ -322,8 +321,6 @@ class ChatServer:
         reason = protocol.refusal(f"Disconnected: {why}.")
         self._broadcaster.append(_Entry(client, b"", reason))
         _shut(client.socket, socket.SHUT_RD)  # wakes its handler
-
-    # --- one client: its handler ----------------------------------------------------
 
     def handle_client(self, client_socket: socket.socket) -> None:
         """Serve one client from its name to its end.  Runs in a thread of its own.
@@ -533,8 +530,6 @@ class ChatServer:
                 self._database.remember(client.name, said)
         return True
 
-    # --- commands -------------------------------------------------------------------
-
     def _who(self, client: _Client, _: str) -> None:
         with self._lock:
             names = list(self.clients)
@@ -608,8 +603,6 @@ class ChatServer:
                 left = b""
             self._broadcaster.append(_Entry(client, left, leaves=True))
 
-    # --- the end --------------------------------------------------------------------
-
     def _shut_down(self, broadcaster: threading.Thread) -> None:
         """End in order.
 
@@ -651,9 +644,6 @@ _DATABASE_COMMANDS = {
     "/register": (ChatServer._register, "/register", "keeps your name for you"),
     "/unregister": (ChatServer._unregister, "/unregister", "gives your name up"),
 }
-
-
-# --- sending: outbox, stream, broadcaster -------------------------------------------
 
 
 class _Broadcaster:
@@ -970,9 +960,6 @@ class _Selector(selectors.DefaultSelector):
         self._woken.close()
 
 
-# --- sockets ------------------------------------------------------------------------
-
-
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listener on an address of the host."""
     addresses = socket.getaddrinfo(
@@ -1047,9 +1034,6 @@ def _has_ended(client_socket: socket.socket) -> bool:
 def _format_address(address: tuple[str, int]) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-# --- the terminal -------------------------------------------------------------------
 
 
 class Recorder:
@@ -1154,9 +1138,6 @@ class Terminal(Recorder):
                 except BlockingIOError:  # some terminals are shared, and do not block
                     select.select([], [self._stream], [])
         return len(items)
-
-
-# --- the database -------------------------------------------------------------------
 
 
 _SCHEMA = """
@@ -1343,9 +1324,6 @@ def _check_kind(path: Path) -> None:
 def _author(at: float, name: str) -> str:
     """Return what stands before a message of the past: its time, and who said it."""
     return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: "
-
-
-# --- the program --------------------------------------------------------------------
 
 
 def _parse_arguments() -> argparse.Namespace:
