@@ -509,6 +509,24 @@ paste-never-ends: test_paste_without_an_end_is_taken
 stopped-in-a-paste: test_paste_without_an_end_is_taken
 - number == signal.SIGTSTP and not self._reader.pasting
 + number == signal.SIGTSTP
+paste-kept-open-by-others: test_paste_without_an_end_is_taken
+-             seconds = min(seconds, self._read_at + PASTE_SECONDS - time.monotonic())
++             seconds = min(seconds, PASTE_SECONDS)
++             self._read_at = time.monotonic()
+corrected-typo-not-seen: test_server_that_hangs
+-             line.edit(key)
+-             line = Line() if
++             line.before += key
++             line = Line() if
+words-of-the-past-as-names: test_tab_completes
+- told = text.partition(": ")[0] + ": " if text.startswith("[") else text
++ told = text
+tab-goes-on-after-a-paste: test_tab_completes
+- self._line.edit(first)
++ self._line.before += first
+recalled-q-leaves: test_up_and_down
+- self.is_text = self._recalled < len(self._drafts) - 1
++ pass
 paste-not-cleaned: test_pasted_q_is_text_as_all_that_is_pasted
 - first, *more = map(protocol.clean, 
 + first, *more = map(str, 
