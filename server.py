@@ -371,7 +371,7 @@ class ChatServer:
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         closed = self._broadcaster.closed
         rate = self._lines_per_second or UNLIMITED
-        used_until = 0.0  # a token bucket: the second whose lines are to be used next
+        used_until = -FOREVER  # a token bucket: lines of this second are used next
         read_until = FOREVER
         while (chunk := client.socket.recv(RECEIVE_BYTES)) and not client.dropped:
             lines = splitter.feed(chunk)
