@@ -47,13 +47,12 @@ class LineSplitter:
     """Cuts a stream of bytes into lines, in bounded memory.
 
     max_bytes: the length up to which a line is good, without its newline and a carriage
-    return right before that.  Memory: at most max_bytes + 1 bytes between two calls.
+    return right before that.  Memory: at most max_bytes + 2 bytes between two calls.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self._too_many = max_bytes + 2  # bytes: no good line, whatever follows
         self._tail = b""  # the beginning of a line whose newline is still to come
-        self._skipping = False  # inside a line that has been reported as too long
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Add received bytes and return the lines they complete, without line ends.
@@ -62,18 +61,12 @@ class LineSplitter:
         long is returned once, as soon as that is certain: its beginning, of more than
         max_bytes.  The rest of it, however long, is dropped.
         """
+        was_returned = len(self._tail) == self._too_many
         lines = (self._tail + chunk).replace(b"\r\n", b"\n").split(b"\n")
-        self._tail = lines.pop()
-        if self._skipping and lines:
-            del lines[0]
-            self._skipping = False
-        if self._skipping:
-            self._tail = b""
-        elif len(self._tail.removesuffix(b"\r")) > self._max_bytes:
-            lines.append(self._tail)
-            self._tail = b""
-            self._skipping = True
-        return lines
+        self._tail = lines[-1][: self._too_many]
+        if len(self._tail) < self._too_many:
+            del lines[-1]  # it may still be a good one
+        return lines[1:] if was_returned else lines
 
 
 # What drives a terminal or reorders text: C0, DEL, C1, line and paragraph separators,

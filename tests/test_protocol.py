@@ -56,8 +56,8 @@ def test_a_line_too_long_is_reported_before_its_newline_comes() -> None:
     splitter = LineSplitter(4)
 
     assert splitter.feed(b"1234") == []
-    assert splitter.feed(b"5") == [b"12345"]
-    assert splitter.feed(b"6" * 100) == []
+    assert splitter.feed(b"56") == [b"123456"]
+    assert splitter.feed(b"7" * 100) == []
     assert splitter.feed(b"\nnext\n") == [b"next"]
 
 
