@@ -127,16 +127,16 @@ def encode_line(text: str) -> bytes:
     return text.encode(ENCODING, "surrogateescape") + b"\n"
 
 
-# What shows nothing (Unicode 16, DerivedCoreProperties.txt,
+# Letters, marks and decimal digits.
+_NAME_CATEGORIES = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd"}
+# Those of them that show nothing (Unicode 16, DerivedCoreProperties.txt,
 # Default_Ignorable_Code_Point).
-# Only the letters and marks among them; other categories never get into a name.
 _IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0"
     "\U000e0100-\U000e01ef]"
 )
-_PUNCTUATION = "_-."
 # Scripts with letters that look alike; Unicode names say which one a letter is of.
-_LOOKALIKE_SCRIPTS = frozenset({"LATIN", "GREEK", "CYRILLIC"})
+_LOOKALIKE_SCRIPTS = {"LATIN", "GREEK", "CYRILLIC"}
 # But not of these, which are Latin (Scripts.txt).
 _UNNAMED_LATIN = re.compile("[\u1d2f\u1d3b\u1d4e\u2132\u214e\u2183\U00010780]")
 
@@ -150,11 +150,14 @@ def check_name(text: str) -> str:
     name = unicodedata.normalize("NFKC", text.strip()[: 4 * MAX_NAME_CHARS + 1])
     if not 1 <= len(name) <= MAX_NAME_CHARS:
         raise ProtocolError(f"A name has 1 to {MAX_NAME_CHARS} characters.")
-    if not all(map(_is_name_char, name)):
+    categories = {unicodedata.category(char) for char in name if char not in "_-."}
+    if not categories <= _NAME_CATEGORIES or _IGNORABLE.search(name):
         raise ProtocolError('A name is made of letters, digits, "_", "-" and ".".')
-    if unicodedata.category(name[0])[0] not in "LN":
+    if not name[0].isalnum():
         raise ProtocolError("A name begins with a letter or a digit.")
-    if len(_scripts(name) & _LOOKALIKE_SCRIPTS) > 1:
+    letters = filter(str.isalpha, _UNNAMED_LATIN.sub("a", name))
+    words = " ".join([unicodedata.name(letter, "") for letter in letters]).split()
+    if len(_LOOKALIKE_SCRIPTS.intersection(words)) > 1:
         raise ProtocolError("A name does not mix Latin, Greek and Cyrillic letters.")
     if name_key(name) in RESERVED_NAMES:
         raise ProtocolError(f"The name {name} is reserved.")
@@ -170,19 +173,6 @@ def name_key(name: str) -> str:
     for _ in range(2):
         name = unicodedata.normalize("NFKC", name.casefold())
     return name
-
-
-def _is_name_char(char: str) -> bool:
-    if char in _PUNCTUATION:
-        return True
-    category = unicodedata.category(char)
-    return (category[0] in "LM" or category == "Nd") and not _IGNORABLE.match(char)
-
-
-def _scripts(name: str) -> set[str]:
-    letters = (char for char in name if unicodedata.category(char)[0] == "L")
-    words = {word for char in letters for word in unicodedata.name(char, "").split()}
-    return words | {"LATIN"} if _UNNAMED_LATIN.search(name) else words
 
 
 def split_command(text: str) -> tuple[str, str]:

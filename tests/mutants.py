@@ -111,8 +111,8 @@ reserved-names-in-capitals-allowed: test_a_name_that_is_reserved
 - if name_key(name) in RESERVED_NAMES:
 + if name in RESERVED_NAMES:
 scripts-mixed: test_a_name_that_is_reserved_too_long_mixed
-- & _LOOKALIKE_SCRIPTS) > 1:
-+ & _LOOKALIKE_SCRIPTS) > 2:
+- .intersection(words)) > 1:
++ .intersection(words)) > 2:
 server-not-cleaned: test_line_from_the_server_is_cleaned
 - return clean(line.decode(ENCODING, "replace"))
 + return line.decode(ENCODING, "replace")
