@@ -181,10 +181,8 @@ def split_command(text: str) -> tuple[str, str]:
     text: as decode_message returned it.  The command is in lower case, the rest trimmed
     on the left; for a message the command is "", and the rest is what it says.
     """
-    if not text.startswith("/"):
-        return "", text
-    if text.startswith("//"):
-        return "", text[1:]
+    if not text.startswith("/") or text.startswith("//"):
+        return "", text.removeprefix("/")
     command, _, rest = text.partition(" ")
     return command.lower(), rest.lstrip()
 
@@ -193,19 +191,12 @@ _PRIVATE = " (private)"  # no name contains a blank
 
 
 class ServerLine(NamedTuple):
-    """One line from the server, taken apart.
+    """One line from the server, taken apart."""
 
-    mark: "*" for a notice, "!" for a refusal, "?" for a question whose answer nobody
-    should see, "" for a message.
-    name: the author of the message; "" if it has none.
-    text: the rest, behind the mark or the name.
-    private: the message is for the reader alone.
-    """
-
-    mark: str
-    name: str
-    text: str
-    private: bool = False
+    mark: str  # "*" a notice, "!" a refusal, "?" asks for a secret; "" for a message
+    name: str  # the author of the message; "" if it has none
+    text: str  # the rest, behind the mark or the name
+    private: bool = False  # the message is for the reader alone
 
 
 def parse_server_line(line: str) -> ServerLine:
@@ -260,9 +251,8 @@ class CommandLine(argparse.ArgumentParser):
         """Add a flag that takes a whole number within these limits."""
 
         def read(text: str) -> int:
-            # The length is looked at first: int() of very long digits takes its time.
-            short = len(text) < 20 and text.strip().isdecimal()
-            if short and low <= int(text) <= high:
+            # Not of very many digits: int() refuses these in its own words.
+            if text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
                 return int(text)
             reason = f"{text!r} is not a whole number, {low} to {high}"
             raise argparse.ArgumentTypeError(reason)
