@@ -49,7 +49,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
 from itertools import chain, groupby, islice
@@ -105,10 +105,9 @@ ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
 LEAVE_SECONDS = 5.0  # for a member to receive what waits for it, and to end its side
 LINGER_SECONDS = 1.0  # for one that has not joined to do so
-SHUTDOWN_SECONDS = 1.0  # for all to do so at the end; 2 s are promised
+SHUTDOWN_SECONDS = 1.0  # for all, and the database, at the end; 2 s are promised
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
-LAST_MESSAGES_SECONDS = 0.4  # for what still waits for the database after that
-LAST_LINES_SECONDS = 0.2  # and for the terminal
+LAST_LINES_SECONDS = 0.2  # for what still waits for the terminal after that
 # Lines and messages come in bursts, and a batch costs little more than one of them.
 GATHER_SECONDS = 0.005
 
@@ -190,22 +189,23 @@ class ChatServer:
 
     Creating it binds and listens; serve() does the rest.  port: 0 takes a free one.
     lines_per_second: 0 is no limit.  tell: takes what is for the server's terminal, one
-    line or several, and never waits.  Raises OSError or UnicodeError if the host is
-    unknown, OSError if the port is taken.
+    line or several, and never waits.  database: the path of its file.  Raises OSError or
+    UnicodeError if the host is unknown, OSError if the port is taken, and what Database
+    raises.
     """
 
     def __init__(
         self, host: str = protocol.DEFAULT_HOST, port: int = protocol.DEFAULT_PORT, *,
         max_clients: int = MAX_CLIENTS, lines_per_second: int = LINES_PER_SECOND,
         tell: Callable[[str], None] = lambda lines: None, tell_messages: bool = True,
-        database: Database | None = None,
+        database: str | None = None,
     ) -> None:  # fmt: skip
         self._max_clients = max_clients
         self._lines_per_second = lines_per_second
         self._tell_messages = tell_messages
         self._tell = tell
-        self._database = database
-        self._commands = _COMMANDS | (_DATABASE_COMMANDS if database else {})
+        self._database = None if database is None else Database(database, tell)
+        self._commands = _COMMANDS | (_DATABASE_COMMANDS if self._database else {})
         self._stopping = False
 
         # The main thread's own.
@@ -621,7 +621,7 @@ class ChatServer:
             self._broadcaster.append(_Entry(None, notice, leaves=True))
             self._broadcaster.close_outbox()
         if self._database:
-            self._database.stop()
+            self._database.close(SHUTDOWN_SECONDS)
         broadcaster.join()
         with self._lock:
             left = tuple(self._connections.values())
@@ -1074,15 +1074,11 @@ class Recorder:
             self._unwritten += items
             return True
 
-    def stop(self) -> None:
-        """Have nobody wait any longer, and the thread end once all is written."""
+    def close(self, seconds: float) -> None:
+        """Write all that was put, for so long at most; leave out what is left then."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-
-    def close(self, seconds: float) -> None:
-        """Write all that was put, for so long at most; leave out what is left then."""
-        self.stop()
         self._thread.join(seconds)
         with self._changed:
             self._left_out += len(self._unwritten)
@@ -1193,16 +1189,12 @@ class Database(Recorder):
         super().__init__(tell, "({} messages left out of the database)")
 
     def _run(self) -> None:
-        """Write until stopped; then the file is free for another server."""
-        with closing(self._lock_file), closing(self._file):
+        """Write until closed; then the file is free for another server."""
+        with self._hashing, closing(self._lock_file), closing(self._file):
             super()._run()
 
-    def stop(self) -> None:
-        super().stop()
-        self._hashing.shutdown(wait=False, cancel_futures=True)
-
     def _wait(self, fact: Callable[[], bool]) -> bool:
-        """Wait for a fact; False if the file cannot be written, or after stop()."""
+        """Wait for a fact; False if the file cannot be written, or after close()."""
         with self._changed:
             while not fact() and not (self._failing or self._stopped):
                 is_written = self._changed.wait(HANGS_SECONDS)
@@ -1291,16 +1283,14 @@ class Database(Recorder):
 
     def _hash(self, password: bytes, salt: bytes, client: _Client) -> bytes:
         """Return an account.  Raises ProtocolError if it is too late for the client."""
-        try:
-            scrypt = partial(hashlib.scrypt, password, salt=salt, **SCRYPT)
+        scrypt = partial(hashlib.scrypt, password, salt=salt, **SCRYPT)
+        with suppress(RuntimeError):  # closed already
             hashing = self._hashing.submit(scrypt)
-            while True:
+            while not (client.dropped or self._stopped or _is_gone(client.socket)):
                 with suppress(TimeoutError):
                     return salt + hashing.result(HASH_PAUSE_SECONDS)
-                if client.dropped or _is_gone(client.socket):
-                    hashing.cancel()
-        except (CancelledError, RuntimeError):  # or stopped meanwhile, or before
-            raise ProtocolError("There was no time for the password.") from None
+            hashing.cancel()
+        raise ProtocolError("There was no time for the password.")
 
 
 def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
@@ -1389,21 +1379,17 @@ def _stop_on_bugs(server: ChatServer) -> list[object]:
     return bugs
 
 
-# What to do about an error of the start.
-_ADVICE = {
-    errno.EADDRINUSE: "another program has that port: choose another --port",
-    errno.EACCES: "choose a --port above 1023",
-    errno.EADDRNOTAVAIL: "--host must be an address of this machine",
-    errno.EMFILE: "allow more open files: ulimit -n 1024",
-}
-
-
-def _explain(error: Exception, options: argparse.Namespace, database: object) -> str:
+def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Return what cannot be done at the start, why, and what to do about that."""
     what = f"listen on {protocol.clean(options.host)!r}, port {options.port}"
-    advice = _ADVICE.get(getattr(error, "errno", 0), "try another --host")
-    reason = getattr(error, "strerror", None) or str(error)
-    if options.database is not None and not database:
+    advice = {
+        errno.EADDRINUSE: "another program has that port: choose another --port",
+        errno.EACCES: "choose a --port above 1023",
+        errno.EADDRNOTAVAIL: "--host must be an address of this machine",
+        errno.EMFILE: "allow more open files: ulimit -n 1024",
+    }.get(getattr(error, "errno", 0), "try another --host")
+    reason = protocol.reason_of(error)
+    if isinstance(error, sqlite3.Error) or getattr(error, "filename", None):
         what, advice = f"use {options.database!r}", "choose another --database"
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         reason = "another server has it open, or a program has locked it"
@@ -1418,17 +1404,14 @@ def main() -> int:
     options = _parse_arguments()
     _raise_open_file_limit(options.max_clients)
     terminal = Terminal(times=options.times)
-    database = None
     try:
-        if options.database is not None:
-            database = Database(options.database, terminal.tell)
         server = ChatServer(
             options.host, options.port, max_clients=options.max_clients,
             lines_per_second=options.rate, tell_messages=not options.quiet,
-            tell=terminal.tell, database=database,
+            tell=terminal.tell, database=options.database,
         )  # fmt: skip
     except (OSError, UnicodeError, sqlite3.Error) as error:
-        print(f"server.py: {_explain(error, options, database)}", file=sys.stderr)
+        print(f"server.py: {_explain(error, options)}", file=sys.stderr)
         return 1
     bugs = _stop_on_bugs(server)
     _stop_on_signals(server)
@@ -1437,8 +1420,6 @@ def main() -> int:
         server.serve()
     finally:
         signal.set_wakeup_fd(-1)
-        if database:
-            database.close(LAST_MESSAGES_SECONDS)
         terminal.close(LAST_LINES_SECONDS)
     return 1 if bugs else 0
 

@@ -47,18 +47,14 @@ QUICK = "server.RETRY_SECONDS = server.BUSY_SECONDS = 0.01"
 class FileRoom(Room):
     """A ChatServer with a file, in a thread of this process."""
 
-    last_seconds = HANG_SECONDS  # for what still waits for the file at the end
-
     def __init__(self, host: str, *, path: Path, **options: Any) -> None:
         self.told: list[str] = []  # what the terminal shows
-        self._database = server.Database(str(path), self.told.append)
-        options |= {"database": self._database, "tell": self.told.append}
+        options |= {"database": str(path), "tell": self.told.append}
         super().__init__(host, **options)
 
     def stop(self) -> None:
         self.close_peers()
         super().stop()
-        self._database.close(self.last_seconds)
 
     def await_told(self, line: str) -> None:
         """Wait until the terminal shows a line that has this in it."""
@@ -583,7 +579,7 @@ def test_so_many_messages_wait_for_the_file_and_what_is_not_kept_is_counted(
         elsewhere.rename(path)
         room.await_told("The database is written again.")
     else:
-        room.last_seconds = 0.1
+        monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 0.1)  # instead of 1
     room.stop()
 
     counts = re.findall(r"\((\d+) messages left out of", "\n".join(room.told))
