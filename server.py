@@ -424,7 +424,8 @@ class ChatServer:
             line = next(client.lines, None)
             if line is None:
                 return False
-            if not self._database.is_password(account, line, client):
+            given = self._database.hash(line, client, account)
+            if not secrets.compare_digest(account, given):
                 raise ProtocolError(f"That is not the password of {name}.")
         return self._join(client, name, account)
 
@@ -448,7 +449,7 @@ class ChatServer:
                 raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
             if self._database:
-                welcome += self._database.history(HISTORY_MESSAGES)
+                welcome += list(self._database.last)[-HISTORY_MESSAGES:]
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
@@ -557,11 +558,10 @@ class ChatServer:
     def _history(self, client: _Client, rest: str) -> None:
         assert self._database
         number = rest.strip() or str(HISTORY_MESSAGES)
-        if not number.isdecimal() or len(number) > 9 or not int(number):
+        if not number.isdecimal() or not int(number):
             raise ProtocolError("Write it like this: /history 50.")
-        most = min(int(number), MAX_HISTORY)
         with self._lock:
-            messages = self._database.history(most)
+            messages = list(self._database.last)[-int(number) :]
         for message in messages or ["Nothing has been said yet."]:
             self._reply(client, protocol.notice(message))
 
@@ -570,7 +570,8 @@ class ChatServer:
         question = f"Which password shall keep the name {client.name} for you?"
         self._reply(client, protocol.question(question))
         if (line := next(client.lines, None)) is not None:
-            self._database.change(client, protocol.check_password(line))
+            account = self._database.hash(protocol.check_password(line), client)
+            self._database.keep(client.name, account)
             kept = f"The name {client.name} is now kept for you."
             self._reply(client, protocol.notice(kept))
 
@@ -578,7 +579,7 @@ class ChatServer:
         assert self._database
         if not self._database.account(client.name):
             raise ProtocolError(f"The name {client.name} is not kept.")
-        self._database.change(client, None)
+        self._database.keep(client.name, None)
         free = f"The name {client.name} is no longer kept."
         self._reply(client, protocol.notice(free))
 
@@ -1176,10 +1177,11 @@ class Database(Recorder):
         self._lock_file.execute("BEGIN EXCLUSIVE")  # until the end of this process
         file.executescript(_SCHEMA)
         self._status = self._path.stat()
-        # The server's lock guards it, as it does the order of messages.
-        self._last: deque[str] = deque(maxlen=MAX_HISTORY)  # as notices show them
+        # The last messages as notices show them.  The server's lock guards them, as it
+        # does their order.
+        self.last: deque[str] = deque(maxlen=MAX_HISTORY)
         for at, name, text in file.execute(_READ_MESSAGES, [MAX_HISTORY]):
-            self._last.appendleft(_author(at, name) + text)
+            self.last.appendleft(_author(at, name) + text)
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
         # In threads of their own, in turn: each thread keeps the 16 MiB that it has used.
@@ -1217,17 +1219,10 @@ class Database(Recorder):
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
         author = _author(at, name)
-        self._last += [author + text for text in texts]
+        self.last += [author + text for text in texts]
         with self._changed:
             self._due -= len(texts)
             self.put([("messages", (None, at, name, text)) for text in texts])
-
-    def history(self, most: int) -> list[str]:
-        """Return the last messages as notices show them.
-
-        Caller holds the server's lock.
-        """
-        return list(self._last)[-most:]
 
     def _write(self, items: list[Any]) -> int:
         """Write the rows up to the next one for another table.
@@ -1262,27 +1257,23 @@ class Database(Recorder):
         """Return the account that keeps a name, if there is one: salt and hash."""
         return self._accounts.get(protocol.name_key(name))
 
-    def change(self, owner: _Client, password: bytes | None) -> None:
-        """Keep the name of a member for it from now on, or no longer.
+    def keep(self, name: str, account: bytes | None) -> None:
+        """Keep the name of a member for it from now on; None: no longer.
 
         Returns once that is in the file; raises ProtocolError if it is not for now.
         """
-        account = None
-        if password is not None:
-            account = self._hash(password, secrets.token_bytes(SALT_BYTES), owner)
-        key = protocol.name_key(owner.name)
+        key = protocol.name_key(name)
         self._accounts[key] = account
-        item = "accounts", (key, owner.name, account, time.time())
+        item = "accounts", (key, name, account, time.time())
         if not (self.put([item]) and self._wait(lambda: item not in self._unwritten)):
             raise ProtocolError("Done, but the database cannot be written for now.")
 
-    def is_password(self, account: bytes, password: bytes, client: _Client) -> bool:
-        """Compare in constant time; the client is the one that gave it."""
-        computed = self._hash(password, account[:SALT_BYTES], client)
-        return secrets.compare_digest(account, computed)
+    def hash(self, password: bytes, client: _Client, account: bytes = b"") -> bytes:
+        """Return a new account, or with the salt of this one.
 
-    def _hash(self, password: bytes, salt: bytes, client: _Client) -> bytes:
-        """Return an account.  Raises ProtocolError if it is too late for the client."""
+        client: who waits for it.  Raises ProtocolError if that does not wait any longer.
+        """
+        salt = account[:SALT_BYTES] or secrets.token_bytes(SALT_BYTES)
         scrypt = partial(hashlib.scrypt, password, salt=salt, **SCRYPT)
         with suppress(RuntimeError):  # closed already
             hashing = self._hashing.submit(scrypt)

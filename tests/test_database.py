@@ -339,10 +339,10 @@ def test_history_shows_the_last_messages(start: StartFileRoom, path: Path) -> No
     alex = start().member("Alex")
     alex.lines(20)
 
-    for wanted in ("", "1", "199", "200", "201", "999999999"):
+    for wanted in ("", "1", "199", "200", "201", "9" * 4000):
         last = numbers(250)[-min(int(wanted or 20), 200) :]
         assert history(alex, wanted) == [f"Ann: {text}" for text in last]
-    for wanted in ("0", "-1", "all", "1.5", "2 3", "9" * 500):
+    for wanted in ("0", "-1", "all", "1.5", "2 3"):
         alex.say(f"/history {wanted}")
         assert alex.line() == "! Write it like this: /history 50."
 
