@@ -59,11 +59,6 @@ from typing import Any, NamedTuple
 import protocol
 from protocol import ProtocolError
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 MAX_CLIENTS = 1000
 LINES_PER_SECOND = 100  # faster than anybody types, slow enough for others to read
 BURST_SECONDS = 10  # a burst holds the lines of so many seconds
@@ -1141,12 +1136,10 @@ class Terminal(Recorder):
 
 
 _SCHEMA = """
-    BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS messages(
         id INTEGER PRIMARY KEY, at REAL, name TEXT, text TEXT);
     CREATE TABLE IF NOT EXISTS accounts(
         key TEXT PRIMARY KEY, name TEXT, salt_and_hash BLOB, since REAL);
-    COMMIT;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
 """
@@ -1316,14 +1309,10 @@ def _parse_arguments() -> argparse.Namespace:
     flags.add_address(host, 0, "TCP port to listen on; 0 takes a free one")
     clients = "connections at most, joined or not"
     flags.add_number("--max-clients", 1, 10**6, MAX_CLIENTS, clients, metavar="N")
-    rate = (
-        "lines per second that a client may send on average, with bursts of up to "
-        f"{BURST_SECONDS} times as many; 0 means no limit"
-    )
+    rate = f"lines a second per client, {BURST_SECONDS}-fold in a burst; 0: no limit"
     flags.add_number("--rate", 0, 10**6, LINES_PER_SECOND, rate, metavar="N")
     flags.add_argument("--quiet", action="store_true", help="do not print what is said")
-    times = "print date and time before each line"
-    flags.add_argument("--times", action="store_true", help=times)
+    flags.add_argument("--times", action="store_true", help="show when each line came")
     database = "keep what is said, and names with a password, in this SQLite file"
     flags.add_argument("--database", metavar="FILE", help=database)
     return flags.parse_args()
@@ -1331,42 +1320,38 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _raise_open_file_limit(clients: int) -> None:
     """Make room for so many connections, as far as the system allows."""
-    if resource is None:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = clients + SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        # macOS has a limit of its own below "unlimited".
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    # Windows has no such limit, and macOS one of its own below "unlimited".
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = clients + SPARE_DESCRIPTORS
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(needed, hard)), hard))
 
 
-def _stop_on_signals(server: ChatServer) -> None:
-    """Have Ctrl-C and SIGTERM stop the server, and a second one end it at once."""
+def _stop_on_signals_and_bugs(server: ChatServer) -> list[object]:
+    """Have Ctrl-C, SIGTERM and exceptions that no thread expected stop the server.
 
-    def stop(*_: object) -> None:
+    A second signal ends it at once.  Returns the list of these exceptions.
+    """
+    bugs: list[object] = []
+
+    def on_signal(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        server.stop()
+
+    def on_bug(bug: threading.ExceptHookArgs) -> None:
+        bugs.append(bug.exc_type)
+        threading.__excepthook__(bug)  # tells of it, with the traceback
         server.stop()
 
     # The kernel may hand a signal to any thread; this wakes the main one, which alone
     # runs the handler.
     signal.set_wakeup_fd(server.waker.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-
-
-def _stop_on_bugs(server: ChatServer) -> list[object]:
-    """Have an exception that no thread expected stop the server; return these."""
-    bugs: list[object] = []
-
-    def stop(bug: threading.ExceptHookArgs) -> None:
-        bugs.append(bug.exc_type)
-        threading.__excepthook__(bug)  # tells of it, with the traceback
-        server.stop()
-
-    threading.excepthook = stop
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    threading.excepthook = on_bug
     return bugs
 
 
@@ -1391,7 +1376,6 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
 
 def main() -> int:
     """Run the server; return its exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while it starts
     options = _parse_arguments()
     _raise_open_file_limit(options.max_clients)
     terminal = Terminal(times=options.times)
@@ -1404,8 +1388,7 @@ def main() -> int:
     except (OSError, UnicodeError, sqlite3.Error) as error:
         print(f"server.py: {_explain(error, options)}", file=sys.stderr)
         return 1
-    bugs = _stop_on_bugs(server)
-    _stop_on_signals(server)
+    bugs = _stop_on_signals_and_bugs(server)
     terminal.tell(f"Server is running...\nListening on {server.address}")
     try:
         server.serve()
