@@ -100,9 +100,9 @@ ACCEPT_PAUSE_SECONDS = 0.1  # when out of file descriptors, memory or threads
 SPARE_DESCRIPTORS = 64  # for all but the clients, and for those turned away
 LEAVE_SECONDS = 5.0  # for a member to receive what waits for it, and to end its side
 LINGER_SECONDS = 1.0  # for one that has not joined to do so
-SHUTDOWN_SECONDS = 1.0  # for all, and the database, at the end; 2 s are promised
+SHUTDOWN_SECONDS = 1.0  # for all to do so at the end; 2 s are promised
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
-LAST_LINES_SECONDS = 0.2  # for what still waits for the terminal after that
+LAST_SECONDS = 0.3  # for what waits for the database then, and for the terminal at last
 # Lines and messages come in bursts, and a batch costs little more than one of them.
 GATHER_SECONDS = 0.005
 
@@ -416,8 +416,7 @@ class ChatServer:
             self._check_free(name)
             question = f"The name {name} is kept for its owner. What is the password?"
             self._reply(client, protocol.question(question))
-            line = next(client.lines, None)
-            if line is None:
+            if (line := next(client.lines, None)) is None:
                 return False
             given = self._database.hash(line, client, account)
             if not secrets.compare_digest(account, given):
@@ -444,7 +443,7 @@ class ChatServer:
                 raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
             if self._database:
-                welcome += list(self._database.last)[-HISTORY_MESSAGES:]
+                welcome += map(_past, list(self._database.last)[-HISTORY_MESSAGES:])
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
@@ -556,8 +555,8 @@ class ChatServer:
         if not number.isdecimal() or not int(number):
             raise ProtocolError("Write it like this: /history 50.")
         with self._lock:
-            messages = list(self._database.last)[-int(number) :]
-        for message in messages or ["Nothing has been said yet."]:
+            rows = list(self._database.last)[-int(number) :]
+        for message in [*map(_past, rows)] or ["Nothing has been said yet."]:
             self._reply(client, protocol.notice(message))
 
     def _register(self, client: _Client, _: str) -> None:
@@ -617,7 +616,7 @@ class ChatServer:
             self._broadcaster.append(_Entry(None, notice, leaves=True))
             self._broadcaster.close_outbox()
         if self._database:
-            self._database.close(SHUTDOWN_SECONDS)
+            self._database.close()
         broadcaster.join()
         with self._lock:
             left = tuple(self._connections.values())
@@ -1070,22 +1069,24 @@ class Recorder:
             self._unwritten += items
             return True
 
-    def close(self, seconds: float) -> None:
-        """Write all that was put, for so long at most; leave out what is left then."""
+    def close(self) -> None:
+        """Write all that was put, for a while at most; leave out what is left then."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self._thread.join(seconds)
+        self._thread.join(LAST_SECONDS)
         with self._changed:
             self._left_out += len(self._unwritten)
-            self._unwritten.clear()
-            self._tell_gap()
+            self._make_room(len(self._unwritten))
 
-    def _tell_gap(self) -> None:
-        """Caller holds _changed, and has made room: the line may be an item itself."""
-        if self._left_out:
-            line, self._left_out = self._gap.format(self._left_out), 0
-            self._tell(line)
+    def _make_room(self, count: int) -> None:
+        """Forget the first items, and tell what was left out for want of room."""
+        with self._changed:
+            del self._unwritten[:count]
+            self._changed.notify_all()
+            if count and self._left_out:
+                line, self._left_out = self._gap.format(self._left_out), 0
+                self._tell(line)  # for the terminal, this puts an item
 
     def _run(self) -> None:
         """Write what is put, in batches, until stopped; a batch that fails is repeated.
@@ -1098,14 +1099,9 @@ class Recorder:
                 if not self._unwritten:
                     return
                 if len(self._unwritten) < MAX_ROWS:
-                    self._changed.wait_for(lambda: self._stopped, GATHER_SECONDS)
-                items = self._unwritten.copy()
-            written = self._write(items)
-            with self._changed:
-                del self._unwritten[:written]
-                if written:
-                    self._changed.notify_all()
-                    self._tell_gap()
+                    self._changed.wait(GATHER_SECONDS)
+                items = self._unwritten[:MAX_ROWS]
+            self._make_room(self._write(items))
 
 
 class Terminal(Recorder):
@@ -1146,7 +1142,7 @@ _SCHEMA = """
 # Of messages, by which we know a file as ours; and what we read of it at the start.
 _COLUMNS = [("id", "INTEGER"), ("at", "REAL"), ("name", "TEXT"), ("text", "TEXT")]
 _READ_COLUMNS = "SELECT name, type FROM pragma_table_info('messages')"
-_READ_MESSAGES = "SELECT at, name, text FROM messages ORDER BY id DESC LIMIT ?"
+_READ_MESSAGES = "SELECT * FROM messages ORDER BY id DESC LIMIT ?"
 _READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
 
 
@@ -1170,11 +1166,9 @@ class Database(Recorder):
         self._lock_file.execute("BEGIN EXCLUSIVE")  # until the end of this process
         file.executescript(_SCHEMA)
         self._status = self._path.stat()
-        # The last messages as notices show them.  The server's lock guards them, as it
-        # does their order.
-        self.last: deque[str] = deque(maxlen=MAX_HISTORY)
-        for at, name, text in file.execute(_READ_MESSAGES, [MAX_HISTORY]):
-            self.last.appendleft(_author(at, name) + text)
+        # Rows of messages.  The server's lock guards them, as it does their order.
+        last = file.execute(_READ_MESSAGES, [MAX_HISTORY]).fetchall()
+        self.last = deque(reversed(last), MAX_HISTORY)
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
         # In threads of their own, in turn: each thread keeps the 16 MiB that it has used.
@@ -1192,8 +1186,7 @@ class Database(Recorder):
         """Wait for a fact; False if the file cannot be written, or after close()."""
         with self._changed:
             while not fact() and not (self._failing or self._stopped):
-                is_written = self._changed.wait(HANGS_SECONDS)
-                if self._unwritten and not is_written:
+                if not self._changed.wait(HANGS_SECONDS):
                     self._fail("it takes too long")
             return fact()
 
@@ -1210,19 +1203,18 @@ class Database(Recorder):
 
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
-        at = time.time()
-        author = _author(at, name)
-        self.last += [author + text for text in texts]
+        rows = [(None, time.time(), name, text) for text in texts]
+        self.last += rows
         with self._changed:
-            self._due -= len(texts)
-            self.put([("messages", (None, at, name, text)) for text in texts])
+            self._due -= len(rows)
+            self.put([("messages", row) for row in rows])
 
     def _write(self, items: list[Any]) -> int:
         """Write the rows up to the next one for another table.
 
         In one statement, since the interpreter lock is taken back after each.
         """
-        table, some = next(groupby(items[:MAX_ROWS], lambda item: item[0]))
+        table, some = next(groupby(items, lambda item: item[0]))
         rows = [row for _, row in some]
         marks = ",".join(["(?,?,?,?)"] * len(rows))
         try:
@@ -1298,9 +1290,10 @@ def _check_kind(path: Path) -> None:
             raise sqlite3.Error("it is a database of another program")
 
 
-def _author(at: float, name: str) -> str:
-    """Return what stands before a message of the past: its time, and who said it."""
-    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: "
+def _past(row: Sequence[Any]) -> str:
+    """Return a row of messages as a notice shows it."""
+    _, at, name, text = row
+    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -1332,13 +1325,13 @@ def _raise_open_file_limit(clients: int) -> None:
 def _stop_on_signals_and_bugs(server: ChatServer) -> list[object]:
     """Have Ctrl-C, SIGTERM and exceptions that no thread expected stop the server.
 
-    A second signal ends it at once.  Returns the list of these exceptions.
+    The same signal again ends it at once.  Returns the list of these exceptions.
     """
     bugs: list[object] = []
 
-    def on_signal(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def on_signal(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
         server.stop()
 
     def on_bug(bug: threading.ExceptHookArgs) -> None:
@@ -1390,11 +1383,8 @@ def main() -> int:
         return 1
     bugs = _stop_on_signals_and_bugs(server)
     terminal.tell(f"Server is running...\nListening on {server.address}")
-    try:
+    with closing(terminal):
         server.serve()
-    finally:
-        signal.set_wakeup_fd(-1)
-        terminal.close(LAST_LINES_SECONDS)
     return 1 if bugs else 0
 
 

@@ -71,8 +71,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(start_room: StartRoom, path: Path) -> StartFileRoom:
+def start(
+    start_room: StartRoom, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> StartFileRoom:
     """Start servers with the file in threads."""
+    monkeypatch.setattr(server, "LAST_SECONDS", HANG_SECONDS)  # instead of 0.3
     return partial(start_room, kind=FileRoom, path=path)  # type: ignore[return-value]
 
 
@@ -579,7 +582,7 @@ def test_so_many_messages_wait_for_the_file_and_what_is_not_kept_is_counted(
         elsewhere.rename(path)
         room.await_told("The database is written again.")
     else:
-        monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 0.1)  # instead of 1
+        monkeypatch.setattr(server, "LAST_SECONDS", 0.1)  # instead of 0.3
     room.stop()
 
     counts = re.findall(r"\((\d+) messages left out of", "\n".join(room.told))

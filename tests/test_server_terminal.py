@@ -102,7 +102,7 @@ def test_a_name_that_cannot_be_shown_stops_nothing(start_server: StartServer) ->
 
 def test_a_stuck_terminal_does_not_stop_the_chat(start_server: StartServer) -> None:
     """What was left out is told, and nothing is left out silently."""
-    chat = start_server("--rate", "0", patch="server.LAST_LINES_SECONDS = 10")
+    chat = start_server("--rate", "0", patch="server.LAST_SECONDS = 10")
     alex, bob = chat.members("Alex", "Bob")
     text = "as long as a line is that people write"
     said = 15_000
@@ -139,12 +139,13 @@ def test_up_to_ten_thousand_lines_wait_for_the_terminal(
     os.set_blocking(writing, True)
     with ThreadPoolExecutor(1) as pool, open(writing, "w") as screen:
         monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setattr(server, "LAST_SECONDS", HANG_SECONDS)  # instead of 0.3
         terminal = server.Terminal()
 
         for i in range(lines):
             terminal.tell(f"line {i}")
         output = pool.submit(LineReader(reading).rest)
-        terminal.close(HANG_SECONDS)
+        terminal.close()
 
     os.close(reading)
     expected = [f"line {i}" for i in range(min(lines, 10_000))]
