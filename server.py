@@ -184,9 +184,8 @@ class ChatServer:
 
     Creating it binds and listens; serve() does the rest.  port: 0 takes a free one.
     lines_per_second: 0 is no limit.  tell: takes what is for the server's terminal, one
-    line or several, and never waits.  database: the path of its file.  Raises OSError or
-    UnicodeError if the host is unknown, OSError if the port is taken, and what Database
-    raises.
+    line or several, and never waits.  database: the path of its file.  Raises OSError if
+    the host is unknown or the port taken, and what Database raises.
     """
 
     def __init__(
@@ -957,8 +956,9 @@ class _Selector(selectors.DefaultSelector):
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listener on an address of the host."""
+    # As bytes: of a text that can be no name, Python makes an error of another kind.
     addresses = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        os.fsencode(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     # IPv4 if the host has both, as the default host is.
     family, *_, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
@@ -1154,10 +1154,7 @@ class Database(Recorder):
     """
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
-        """Open the file, or create it.
-
-        Raises OSError or sqlite3.Error; what is no such file is untouched then.
-        """
+        """Open or create it; OSError or sqlite3.Error leave what is there untouched."""
         self._path = Path(path).resolve()
         file = self._file = _connect(self._path, BUSY_SECONDS)
         if self._path.stat().st_size:
@@ -1362,8 +1359,6 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
         what, advice = f"use {options.database!r}", "choose another --database"
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         reason = "another server has it open, or a program has locked it"
-    if isinstance(error, UnicodeError):
-        reason = "that is no host name"
     return f"cannot {what}: {reason.partition(' (')[0]} ({advice})"
 
 
@@ -1378,7 +1373,7 @@ def main() -> int:
             lines_per_second=options.rate, tell_messages=not options.quiet,
             tell=terminal.tell, database=options.database,
         )  # fmt: skip
-    except (OSError, UnicodeError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error) as error:
         print(f"server.py: {_explain(error, options)}", file=sys.stderr)
         return 1
     bugs = _stop_on_signals_and_bugs(server)
