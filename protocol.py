@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import unicodedata
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 ENCODING = "utf-8"
 DEFAULT_HOST = "127.0.0.1"
@@ -243,12 +243,12 @@ class CommandLine(argparse.ArgumentParser):
     def add_address(self, host: str, lowest_port: int, port: str) -> None:
         """Add --host and --port; host, port: what --help says of them."""
         self.add_argument("--host", type=host_name, default=DEFAULT_HOST, help=host)
-        self.add_number("--port", lowest_port, 65535, DEFAULT_PORT, port)
+        self.add_number("--port", lowest_port, 65535, DEFAULT_PORT, port, "PORT")
 
     def add_number(
-        self, flag: str, low: int, high: int, default: int, help: str, **more: Any
+        self, flag: str, low: int, high: int, default: int, help: str, value: str = "N"
     ) -> None:
-        """Add a flag that takes a whole number within these limits."""
+        """Add a flag that takes a whole number, value in --help, within these limits."""
 
         def read(text: str) -> int:
             # Not of very many digits: int() refuses these in its own words.
@@ -258,7 +258,7 @@ class CommandLine(argparse.ArgumentParser):
             raise argparse.ArgumentTypeError(reason)
 
         help += f"; {low} to {high}"
-        self.add_argument(flag, type=read, default=default, help=help, **more)
+        self.add_argument(flag, type=read, default=default, help=help, metavar=value)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line on stderr, and exit with status 2."""

@@ -1297,10 +1297,9 @@ def _parse_arguments() -> argparse.Namespace:
     flags = protocol.CommandLine("A chat room over plain TCP. Ctrl-C ends it.")
     host = "name or address to listen on; 0.0.0.0 lets the whole network in"
     flags.add_address(host, 0, "TCP port to listen on; 0 takes a free one")
-    clients = "connections at most, joined or not"
-    flags.add_number("--max-clients", 1, 10**6, MAX_CLIENTS, clients, metavar="N")
+    flags.add_number("--max-clients", 1, 10**6, MAX_CLIENTS, "connections at most")
     rate = f"lines a second per client, {BURST_SECONDS}-fold in a burst; 0: no limit"
-    flags.add_number("--rate", 0, 10**6, LINES_PER_SECOND, rate, metavar="N")
+    flags.add_number("--rate", 0, 10**6, LINES_PER_SECOND, rate)
     flags.add_argument("--quiet", action="store_true", help="do not print what is said")
     flags.add_argument("--times", action="store_true", help="show when each line came")
     database = "keep what is said, and names with a password, in this SQLite file"

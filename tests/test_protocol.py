@@ -307,7 +307,7 @@ def test_a_command_is_told_from_a_message(text: str, command: str, rest: str) ->
 
 def read_number(text: str, lowest: int = 1) -> int:
     flags = protocol.CommandLine("A program.")
-    flags.add_number("--number", lowest, 10, default=5, metavar="N", help="some")
+    flags.add_number("--number", lowest, 10, default=5, help="some")
     number: int = flags.parse_args([f"--number={text}"]).number
     return number
 
