@@ -1059,15 +1059,14 @@ class Recorder:
         raise NotImplementedError
 
     def put(self, items: Sequence[Any]) -> bool:
-        """Queue items, or leave all of them out and return False.  Never waits."""
+        """Queue as many items as there is room for; tell whether all.  Never waits."""
         with self._changed:
-            if len(self._unwritten) + len(items) > MAX_UNWRITTEN:
-                self._left_out += len(items)
-                return False
             if not self._unwritten:
                 self._changed.notify_all()
-            self._unwritten += items
-            return True
+            room = MAX_UNWRITTEN - len(self._unwritten)
+            self._unwritten += items[:room]
+            self._left_out += len(items[room:])
+            return len(items) <= room
 
     def close(self) -> None:
         """Write all that was put, for a while at most; leave out what is left then."""

@@ -300,14 +300,14 @@ shutdown-waits-for-all: test_a_stalled_member_does_not_hold_up_the_end
 - self._end_at = time.monotonic() + SHUTDOWN_SECONDS
 + self._end_at = time.monotonic() + SHUTDOWN_SECONDS + 60
 left-out-not-counted: test_up_to_ten_thousand_lines_wait_for_the_terminal
-- self._left_out += len(items)
+- self._left_out += len(items[room:])
 + pass
 recorder-unbounded: test_up_to_ten_thousand_lines_wait_for_the_terminal
-- if len(self._unwritten) + len(items) > MAX_UNWRITTEN:
-+ if False:
+- room = MAX_UNWRITTEN - len(self._unwritten)
++ room = MAX_UNWRITTEN
 recorder-one-less: test_up_to_ten_thousand_lines_wait_for_the_terminal
-- + len(items) > MAX_UNWRITTEN:
-+ + len(items) >= MAX_UNWRITTEN:
+- room = MAX_UNWRITTEN -
++ room = MAX_UNWRITTEN - 1 -
 room-in-the-file-promised-twice: test_all_is_kept_in_the_order
 - self._due += messages
 + pass
