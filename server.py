@@ -1320,13 +1320,13 @@ def _raise_open_file_limit(clients: int) -> None:
 def _stop_on_signals_and_bugs(server: ChatServer) -> list[object]:
     """Have Ctrl-C, SIGTERM and exceptions that no thread expected stop the server.
 
-    The same signal again ends it at once.  Returns the list of these exceptions.
+    A second signal ends it at once.  Returns the list of these exceptions.
     """
     bugs: list[object] = []
 
-    def on_signal(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
+    def on_signal(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         server.stop()
 
     def on_bug(bug: threading.ExceptHookArgs) -> None:
