@@ -1157,7 +1157,13 @@ class Database(Recorder):
         self._path = Path(path).resolve()
         file = self._file = _connect(self._path, BUSY_SECONDS)
         if self._path.stat().st_size:
-            _check_kind(self._path)
+            # Look without a touch, also if a program has died in the midst of a change:
+            # a log (-wal) can be read and left alone, a journal only be passed over.
+            how = "mode=ro" if Path(f"{self._path}-wal").exists() else "immutable=1"
+            uri = f"{self._path.as_uri()}?{how}"
+            with closing(sqlite3.connect(uri, uri=True)) as look:
+                if look.execute(_READ_COLUMNS).fetchall() != _COLUMNS:
+                    raise sqlite3.Error("it is a database of another program")
         self._lock_file = _connect(Path(f"{self._path}-lock"), 0)
         self._lock_file.execute("BEGIN EXCLUSIVE")  # until the end of this process
         file.executescript(_SCHEMA)
@@ -1272,18 +1278,6 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         path, timeout=busy_seconds, isolation_level=None, check_same_thread=False,
         cached_statements=4,  # one of MAX_ROWS takes some 400 kB
     )  # fmt: skip
-
-
-def _check_kind(path: Path) -> None:
-    """Raise sqlite3.Error unless the file is a database of this chat.
-
-    Touches nothing, also if a program has died in the midst of a change: a log (-wal)
-    can be read and left alone, a journal can only be passed over.
-    """
-    how = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
-    with closing(sqlite3.connect(f"{path.as_uri()}?{how}", uri=True)) as file:
-        if file.execute(_READ_COLUMNS).fetchall() != _COLUMNS:
-            raise sqlite3.Error("it is a database of another program")
 
 
 def _past(row: Sequence[Any]) -> str:

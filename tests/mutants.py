@@ -322,7 +322,7 @@ log-passed-over: test_a_file_whose_program_died
 - "mode=ro" if
 + "immutable=1" if
 foreign-database-taken: test_what_is_no_file_of_this_chat
-- if file.execute(_READ_COLUMNS).fetchall() != _COLUMNS:
+- if look.execute(_READ_COLUMNS).fetchall() != _COLUMNS:
 + if False:
 flood-holds-all-up: test_a_flood_waits_for_the_file_and_who_just
 - MAX_UNWRITTEN if messages == 1 else MAX_UNWRITTEN // 2
