@@ -123,8 +123,7 @@ def test_a_stuck_terminal_does_not_stop_the_chat(start_server: StartServer) -> N
     shown = lines.count(f"Received message from Alex: {text}")
     counts = [re.search(r"\d+(?= lines? left out)", line) for line in lines]
     assert shown + sum(int(count[0]) for count in counts if count) == said
-    # What one recv() gave is shown together or left out together.
-    assert shown > 10_000 - 4096 // len(text)
+    assert shown > 9_990  # beside what else the terminal shows
 
 
 @pytest.mark.parametrize("lines", [9_999, 10_000, 10_001])
