@@ -407,10 +407,9 @@ class ChatServer:
     def _admit(self, client: _Client, name: str) -> bool:
         """Make the client a member, if need be once it has said the password.
 
-        Returns False if the client ends instead; raises ProtocolError if the name is
-        taken, or the password a wrong one.
+        Returns False if the client ends instead; raises ProtocolError as _join() does.
         """
-        account = None
+        given = b""
         if self._database and (account := self._database.account(name)):
             self._check_free(name)
             question = f"The name {name} is kept for its owner. What is the password?"
@@ -418,19 +417,17 @@ class ChatServer:
             if (line := next(client.lines, None)) is None:
                 return False
             given = self._database.hash(line, client, account)
-            if not secrets.compare_digest(account, given):
-                raise ProtocolError(f"That is not the password of {name}.")
-        return self._join(client, name, account)
+        return self._join(client, name, given)
 
     def _check_free(self, name: str) -> None:
         if protocol.name_key(name) in self._owners:
             raise ProtocolError(f"The name {name} is taken.")
 
-    def _join(self, client: _Client, name: str, account: bytes | None) -> bool:
+    def _join(self, client: _Client, name: str, given: bytes) -> bool:
         """Make the client a member; False if its connection has been ended meanwhile.
 
-        account: whose password the client knows.  Raises ProtocolError if the name is
-        taken, or kept by another password by now.
+        given: the account that the password of the client makes.  Raises ProtocolError
+        if the name is taken, or kept by another password.
         """
         joined = f"{name} has joined the chat."
         with self._lock:
@@ -438,10 +435,10 @@ class ChatServer:
             if not self._broadcaster.wait_for_room() or client not in self._unjoined:
                 return False
             self._check_free(name)
-            if self._database and self._database.account(name) is not account:
-                raise ProtocolError(f"That is not the password of {name}.")
             welcome = [self._greeting(name)]
             if self._database:
+                if not secrets.compare_digest(given, self._database.account(name)):
+                    raise ProtocolError(f"That is not the password of {name}.")
                 welcome += map(_past, list(self._database.last)[-HISTORY_MESSAGES:])
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
@@ -1240,9 +1237,9 @@ class Database(Recorder):
             self._tell(f"Cannot write to the database for now: {reason}")
         self._failing = True
 
-    def account(self, name: str) -> bytes | None:
-        """Return the account that keeps a name, if there is one: salt and hash."""
-        return self._accounts.get(protocol.name_key(name))
+    def account(self, name: str) -> bytes:
+        """Return the account that keeps a name, salt and hash; b"" if there is none."""
+        return self._accounts.get(protocol.name_key(name)) or b""
 
     def keep(self, name: str, account: bytes | None) -> None:
         """Keep the name of a member for it from now on; None: no longer.

@@ -182,12 +182,12 @@ taken-name-by-its-letters: test_after_a_refused_name_another_one_may_be_sent
 + if name in self.clients:
 name-checked-outside-lock: test_one_of_fifty_claims_of_a_name_at_one_moment_wins
 -             self._check_free(name)
--             if self._database and
+-             welcome
 +             self._check_free(name)
 +             self._lock.release()
 +             select.select([], [], [], 0.01)
 +             self._lock.acquire()
-+             if self._database and
++             welcome
 newcomer-hears-the-past: test_everybody_sees_what_follows or test_all_members_and_the_terminal_see_one_order
 -         if not client.ahead:
 -             client.place = client.after
