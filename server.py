@@ -1138,7 +1138,9 @@ _SCHEMA = """
 # Of messages, by which we know a file as ours; and what we read of it at the start.
 _COLUMNS = [("id", "INTEGER"), ("at", "REAL"), ("name", "TEXT"), ("text", "TEXT")]
 _READ_COLUMNS = "SELECT name, type FROM pragma_table_info('messages')"
-_READ_MESSAGES = "SELECT * FROM messages ORDER BY id DESC LIMIT ?"
+_READ_MESSAGES = """
+    SELECT * FROM messages WHERE at BETWEEN 0 AND 1e11 ORDER BY id DESC LIMIT ?
+"""  # without what another program wrote there and no clock shows
 _READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
 
 
@@ -1151,7 +1153,7 @@ class Database(Recorder):
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
         """Open or create it; OSError or sqlite3.Error leave what is there untouched."""
-        self._path = Path(path).resolve()
+        self._path = Path(os.path.realpath(path))
         file = self._file = _connect(self._path, BUSY_SECONDS)
         if self._path.stat().st_size:
             # Look without a touch, also if a program has died in the midst of a change:
@@ -1171,7 +1173,9 @@ class Database(Recorder):
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
         # In threads of their own, in turn: each thread keeps the 16 MiB that it has used.
+        # They start here: later the system may have no more threads.
         self._hashing = ThreadPoolExecutor(MAX_HASHES_AT_ONCE, "hashing")
+        self._hashing.map(time.sleep, [GATHER_SECONDS] * MAX_HASHES_AT_ONCE)
         self._failing = False  # nobody waits for it then
         self._due = 0  # messages on their way to remember()
         super().__init__(tell, "({} messages left out of the database)")
@@ -1280,7 +1284,8 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
 def _past(row: Sequence[Any]) -> str:
     """Return a row of messages as a notice shows it."""
     _, at, name, text = row
-    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: {text}"
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+    return protocol.clean(f"[{when}] {name}: {text}")  # others may have written it
 
 
 def _parse_arguments() -> argparse.Namespace:

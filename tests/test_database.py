@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from helpers import (
@@ -337,6 +338,20 @@ def test_what_was_said_and_who_keeps_a_name_outlast_a_restart(
     assert history(alex)[-2:] == ["Bob: yesterday", "Alex: today"]
 
 
+def test_what_another_program_wrote_into_the_file_harms_nobody(
+    start: StartFileRoom, path: Path
+) -> None:
+    fill(path, ["two\nlines\x1b[2J"])
+    for at in ("noon", 1e300, None):
+        row = (at, "Eve", b"\0")
+        query(path, "INSERT INTO messages(at, name, text) VALUES (?, ?, ?)", *row)
+
+    alex = start().member("Alex")
+
+    assert alex.line().endswith("] Ann: two\ufffdlines\ufffd[2J")
+    assert history(alex) == ["Ann: two\ufffdlines\ufffd[2J"]
+
+
 def test_history_shows_the_last_messages(start: StartFileRoom, path: Path) -> None:
     fill(path, numbers(250))
     alex = start().member("Alex")
@@ -453,6 +468,16 @@ def test_scrypt_with_a_salt_each_is_kept(
         assert kept_hash == hashlib.scrypt(PASSWORD.encode(), salt=salt, **cost)
         assert time.time() - 60 < since <= time.time()
     assert len(salts) == 2
+
+
+def test_passwords_are_computed_when_the_system_has_no_more_threads(
+    room: FileRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alex = room.member("Alex")
+    no_more = Mock(side_effect=RuntimeError("can't start new thread"))
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+
+    register(alex)
 
 
 def test_two_passwords_at_most_are_computed_and_nobody_else_is_delayed(
@@ -731,7 +756,10 @@ def test_what_is_no_file_of_this_chat_is_refused_untouched(tmp_path: Path) -> No
     before = [files_of(path.parent) for path in paths]
     changed_at = [path.stat().st_mtime_ns for path in paths]
 
-    *_, missing = refusals(*paths, tmp_path, "", tmp_path / "no" / "chat.db")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+
+    *_, missing = refusals(*paths, tmp_path, "", loop, tmp_path / "no" / "chat.db")
 
     assert "No such file" in missing
 
