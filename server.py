@@ -156,16 +156,10 @@ class _Client:
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
         # The broadcaster's own.  Up to its place in the stream, an offset, this client
-        # has been sent all.  Next it is sent the pieces ahead, parts of the stream and
-        # its own faces of entries; after these it goes on in the stream.
+        # has been sent all; its own faces of entries stand further on.
         self.place = OUTSIDE
-        self.ahead: deque[range | bytes] = deque()
-        self.after = OUTSIDE  # the offset where it goes on then
-        self.face_bytes = 0  # of these faces
-
-    def own_bytes(self) -> int:
-        """Return how many bytes of memory wait for this client alone."""
-        return ENTRY_BYTES * len(self.ahead) + self.face_bytes
+        self.faces: deque[_Face] = deque()
+        self.own_bytes = 0  # of memory, for these faces
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
@@ -183,6 +177,14 @@ class _Entry(NamedTuple):
     def size(self) -> int:
         """Return how many bytes of memory it takes."""
         return ENTRY_BYTES + len(self.to_others) + len(self.to_self)
+
+
+class _Face(NamedTuple):
+    """What one client is sent at an offset of the stream, to go on at another one."""
+
+    start: int
+    text: bytes
+    end: int
 
 
 class ChatServer:
@@ -770,28 +772,17 @@ class _Broadcaster:
                 client.socket.setblocking(False)
                 seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
                 self._leaving[client] = time.monotonic() + seconds
-                if client.place == OVER:
-                    self._stop_sending(client)
         return size
 
     def _queue_face(self, client: _Client, start: int, entry: _Entry) -> None:
-        """Have a client see its own face of an entry.
-
-        start: up to there it sees the stream.  Outside of that it stays where it is.
-        """
-        if not client.ahead:
-            client.after = client.place
-        if client.after < start:
-            client.ahead.append(range(client.after, start))
-        if entry.to_self:
-            client.ahead.append(entry.to_self)
-            client.face_bytes += len(entry.to_self)
+        """Have a client see its own face of an entry; the others see it from start on."""
+        place = client.faces[-1].end if client.faces else client.place
         if entry.leaves:
-            client.after = OVER
-        elif entry.joins or client.after < self._end:
-            client.after = self._end
-        if not client.ahead:
-            client.place = client.after
+            place = OVER
+        elif entry.joins or place < self._end:
+            place = self._end
+        client.faces.append(_Face(start, entry.to_self, place))
+        client.own_bytes += ENTRY_BYTES + len(entry.to_self)
 
     def _give_turns(self, clients: Iterable[_Client]) -> None:
         """Send each client what it has not had, as much as its socket takes at once.
@@ -800,14 +791,14 @@ class _Broadcaster:
         """
         place, block = self._end, bytearray()  # members at one place share one block
         for client in clients:
-            if client.ahead:
+            if client.faces:
                 data = self._unsent(client)
             elif client.place >= self._end:
                 continue
             else:
                 if client.place != place:
                     place = client.place
-                    block = self._slice(range(place, self._end))
+                    block = self._slice(place, self._end)
                 data = block
             try:
                 sent = client.send(data, MSG_DONTWAIT) if data else 0
@@ -817,47 +808,50 @@ class _Broadcaster:
                 client.lost = error.strerror or str(error)
                 self._stop_sending(client)
                 continue
-            if client.ahead:
+            if client.faces:
                 self._advance(client, sent)
             else:
                 client.place += sent
-            if client.place != self._end or client.ahead or client in self._slow:
+            if client.place != self._end or client.faces or client in self._slow:
                 self._note_progress(client)
 
-    def _slice(self, part: range) -> bytearray:
+    def _slice(self, place: int, end: int) -> bytearray:
         """Return a part of the stream, as much of it as one send offers."""
         first = self._end - len(self._stream)
-        return self._stream[part.start - first : part[:TURN_BYTES].stop - first]
+        return self._stream[place - first : min(end, place + TURN_BYTES) - first]
 
     def _unsent(self, client: _Client) -> bytearray:
-        """Return the next bytes for a client that has pieces ahead."""
-        data = bytearray()
-        for piece in chain(client.ahead, [range(client.after, self._end)]):
+        """Return the next bytes for a client that has faces to see."""
+        data, place = bytearray(), client.place
+        for start, text, end in client.faces:
+            data += self._slice(place, start)
             if len(data) >= TURN_BYTES:
-                break
-            data += self._slice(piece) if isinstance(piece, range) else piece
-        return data
+                return data
+            data += text
+            place = end
+        return data + self._slice(place, self._end)
 
     def _advance(self, client: _Client, sent: int) -> None:
         """Pass what the socket of such a client took."""
-        while client.ahead:
-            piece = client.ahead.popleft()
-            taken = min(sent, len(piece))
-            if isinstance(piece, range):
-                client.place = piece.start + taken
-            else:
-                client.face_bytes -= taken
-            if taken < len(piece):
-                client.ahead.appendleft(piece[taken:])
+        while client.faces:
+            start, text, end = client.faces.popleft()
+            before = min(sent, max(0, start - client.place))
+            client.place += before
+            rest = text[sent - before :]
+            client.own_bytes -= len(text) - len(rest)
+            if rest or client.place < start:
+                client.faces.appendleft(_Face(start, rest, end))
                 return
-            sent -= taken
-        client.place = client.after + sent
+            client.own_bytes -= ENTRY_BYTES
+            client.place = end
+            sent -= before + len(text)
+        client.place += sent
 
     def _note_progress(self, client: _Client) -> None:
         """Watch the socket of a client that is behind, and only of such a client."""
         if client.place == OVER:
             self._stop_sending(client)
-        elif client.place >= self._end and not client.ahead:
+        elif client.place >= self._end and not client.faces:
             self._unwatch(client)
         elif client not in self._slow:
             self._slow[client] = None
@@ -872,16 +866,16 @@ class _Broadcaster:
         """
         place, most, own = self._passed, 0, 0
         for client in tuple(self._slow):
-            unsent = max(0, self._end - client.place) + client.own_bytes()
+            unsent = max(0, self._end - client.place) + client.own_bytes
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
             else:
                 place, most = min(place, client.place), max(most, unsent)
-                own += client.own_bytes()
+                own += client.own_bytes
         while own > MAX_OWN_BYTES:
-            greediest = max(self._slow, key=_Client.own_bytes)
-            own -= (unsent := greediest.own_bytes())
-            self._drop(greediest, f"{unsent} bytes waited for it alone")
+            greediest = max(self._slow, key=lambda client: client.own_bytes)
+            own -= greediest.own_bytes
+            self._drop(greediest, f"{greediest.own_bytes} bytes waited for it alone")
         del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
@@ -897,8 +891,8 @@ class _Broadcaster:
         """End our side of a connection; what the peer has sent can still be read."""
         self._unwatch(client)
         client.place = OVER
-        client.ahead.clear()
-        client.face_bytes = 0
+        client.faces.clear()
+        client.own_bytes = 0
         _shut(client.socket, socket.SHUT_WR)
         if client in self._leaving:
             self._watch(client, selectors.EVENT_READ)
