@@ -141,12 +141,8 @@ class _Client:
     """One connection; once it has joined, a member: a place in the stream."""
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
+        # It blocks, for its handler; the broadcaster sends with MSG_DONTWAIT meanwhile.
         self.socket = client_socket
-        # Sends as much as the socket takes at once.  The socket stays blocking: its
-        # handler waits in recv() at the same time.
-        self.send: Callable[[bytes | bytearray, int], int] = client_socket.send
-        if not MSG_DONTWAIT:
-            self.send = partial(_send_a_little, client_socket)
         self.peer = peer  # "address:port"
         self.thread: threading.Thread  # its handler
         self.name = ""  # until it has joined
@@ -375,7 +371,7 @@ class ChatServer:
         rate = self._lines_per_second or UNLIMITED
         used_until = -FOREVER  # a token bucket: lines of this second are used next
         read_until = FOREVER
-        while (chunk := client.socket.recv(RECEIVE_BYTES)) and not client.dropped:
+        while (chunk := _receive_some(client.socket)) and not client.dropped:
             lines = splitter.feed(chunk)
             if not lines:
                 closed.wait(PIECE_PAUSE_SECONDS)  # so that others can run
@@ -801,7 +797,7 @@ class _Broadcaster:
                     block = self._slice(place, self._end)
                 data = block
             try:
-                sent = client.send(data, MSG_DONTWAIT) if data else 0
+                sent = client.socket.send(data, MSG_DONTWAIT) if data else 0
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -976,7 +972,7 @@ def _set_options(client_socket: socket.socket) -> None:
     # Elsewhere inherited from the listener.  Not here: the call hands the interpreter
     # lock over, and joins took 25 % longer.
     if sys.platform != "linux":
-        client_socket.setblocking(True)
+        client_socket.setblocking(MSG_DONTWAIT != 0)
     client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         ("TCP_NODELAY", 1),  # a message does not wait until the last one is answered
@@ -990,13 +986,11 @@ def _set_options(client_socket: socket.socket) -> None:
             client_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _send_a_little(
-    client_socket: socket.socket, data: bytes | bytearray, _: int
-) -> int:
-    """Send so little that it does not block, or raise BlockingIOError."""
-    if not select.select([], [client_socket], [], 0)[1]:
-        raise BlockingIOError
-    return client_socket.send(data[:1024])
+def _receive_some(client_socket: socket.socket) -> bytes:
+    """Wait for what the peer sends next; b"" is the end."""
+    if not MSG_DONTWAIT:  # the socket does not block
+        select.select([client_socket], [], [])
+    return client_socket.recv(RECEIVE_BYTES)
 
 
 def _shut(client_socket: socket.socket, how: int) -> None:
