@@ -71,6 +71,7 @@ THROTTLE_PAUSE_SECONDS = 0.05  # a client that may not send now is read again af
 MAX_NAMES_TRIED = 5
 MAX_NAMES_LISTED = 20
 JOIN_SECONDS = 120.0
+POLL_SECONDS = 0.01  # where more sockets are watched than the system can
 GONE_SECONDS = 10.0  # a peer that is gone is read for so long: its flood keeps no name
 
 # One recv() is small, so that a message is passed on before many of its kind have piled
@@ -129,8 +130,6 @@ BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
 
 FOREVER = float("inf")
 UNLIMITED = 10**9  # lines a second: more than anybody sends
-# Where there is only select(), on Windows, it takes no more than 512 sockets.
-MAX_WATCHED = 500 if sys.platform == "win32" else sys.maxsize
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 # Places outside of the stream: of a client that has not joined, and of one that has had
 # all, so that we have ended our side.
@@ -657,7 +656,6 @@ class _Broadcaster:
         self._has_room = threading.Condition(lock)
         self._outbox: list[_Entry] = []
         self._outbox_bytes = 0
-        self._rests = False  # the next entry is to wake the thread
         self.closed = threading.Event()  # set under the lock
 
         # The stream: what some member has still to be sent, addressed by its offset since
@@ -669,7 +667,6 @@ class _Broadcaster:
         self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
         self._selector = _Selector()  # where the thread rests
         self._pass_again = False  # some members had their turn before the last look
-        self._passed = 0  # the place up to which all but the slow ones have been sent
         self._pass_at = 0.0  # no pass before then
         self._end_at = FOREVER  # set by the last entry
 
@@ -680,21 +677,17 @@ class _Broadcaster:
         other half keeps the way free for all that just say something.
         """
         most = max(0, MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size)
-
-        def fits() -> bool:
-            return self._outbox_bytes <= most or self.closed.is_set()
-
-        if not fits():
-            self._has_room.wait_for(fits)
-            self._has_room.notify()  # one lets in the next: all at once would be in vain
+        self._has_room.wait_for(
+            lambda: self._outbox_bytes <= most or self.closed.is_set()
+        )
+        self._has_room.notify()  # one lets in the next: all at once would be in vain
         return not self.closed.is_set()
 
     def append(self, entry: _Entry) -> None:
         """Have an entry sent.  Caller holds the lock.  Never waits."""
         self._outbox.append(entry)
         self._outbox_bytes += entry.size()
-        if self._rests:
-            self._rests = False
+        if len(self._outbox) == 1:
             self._selector.wake()
 
     def close_outbox(self) -> None:
@@ -705,7 +698,11 @@ class _Broadcaster:
     def run(self) -> None:
         """Send all that is appended until all have left after the last entry."""
         while self._clients or self._end_at == FOREVER:
-            ready = self._rest()
+            until = min([self._end_at, *self._leaving.values()])
+            # Without the lock: what is appended from now on ends the wait.
+            if self._outbox or self._pass_again:
+                until = min(until, self._pass_at)
+            ready = self._selector.wait(until - time.monotonic())
             if time.monotonic() >= self._end_at:
                 return
             self._give_turns(ready)
@@ -718,16 +715,6 @@ class _Broadcaster:
             client.socket.close()
         self._selector.close()
 
-    def _rest(self) -> list[_Client]:
-        """Wait until there is something to do; return the clients that are ready."""
-        until = min([self._end_at, *self._leaving.values()])
-        with self._lock:
-            if self._outbox or self._pass_again:
-                until = min(until, self._pass_at)
-            else:
-                self._rests = True
-        return self._selector.wait(until - time.monotonic())
-
     def _make_pass(self) -> None:
         """Give a turn to each client that keeps up.
 
@@ -737,7 +724,6 @@ class _Broadcaster:
         taken = self._take_in() if time.monotonic() >= self._pass_at else 0
         if taken or self._pass_again:
             self._pass_again = False
-            self._passed = self._end
             clients = [client for client in self._clients if client not in self._slow]
             group = len(clients) // LOOKS_PER_PASS + 1
             for first in range(0, len(clients), group):
@@ -851,8 +837,7 @@ class _Broadcaster:
             self._unwatch(client)
         elif client not in self._slow:
             self._slow[client] = None
-            if not self._watch(client, selectors.EVENT_WRITE):
-                self._drop(client, "too many others are")
+            self._selector.register(client.socket, selectors.EVENT_WRITE, client)
 
     def _mind_slow_readers(self, taken: int) -> None:
         """Forget what all members have; drop a client that is too far behind.
@@ -860,7 +845,7 @@ class _Broadcaster:
         While one is near that, the next pass comes later: in proportion to the size of
         what this one took in, and to how far beyond half of its limit the client is.
         """
-        place, most, own = self._passed, 0, 0
+        place, most, own = self._end, 0, 0
         for client in tuple(self._slow):
             unsent = max(0, self._end - client.place) + client.own_bytes
             if unsent > MAX_UNSENT_BYTES:
@@ -872,7 +857,8 @@ class _Broadcaster:
             greediest = max(self._slow, key=lambda client: client.own_bytes)
             own -= greediest.own_bytes
             self._drop(greediest, f"{greediest.own_bytes} bytes waited for it alone")
-        del self._stream[: place - (self._end - len(self._stream))]
+        if not self._pass_again:  # all but the slow ones have been sent all
+            del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
             fullness = min(1.0, taken / MAX_OUTBOX_BYTES)
@@ -891,7 +877,7 @@ class _Broadcaster:
         client.own_bytes = 0
         _shut(client.socket, socket.SHUT_WR)
         if client in self._leaving:
-            self._watch(client, selectors.EVENT_READ)
+            self._selector.register(client.socket, selectors.EVENT_READ, client)
 
     def _close_ended(self, ready: set[_Client]) -> None:
         """Close the connections that have ended on both sides, or whose time is up.
@@ -906,14 +892,6 @@ class _Broadcaster:
                 self._unwatch(client)
                 del self._clients[client], self._leaving[client]
                 client.socket.close()
-
-    def _watch(self, client: _Client, events: int) -> bool:
-        """Wait for the socket of a client too; False if there are too many."""
-        with suppress(OSError):  # for the system
-            if len(self._selector.get_map()) < MAX_WATCHED:
-                self._selector.register(client.socket, events, client)
-                return True
-        return False
 
     def _unwatch(self, client: _Client) -> None:
         self._slow.pop(client, None)
@@ -938,7 +916,11 @@ class _Selector(selectors.DefaultSelector):
 
     def wait(self, seconds: float) -> list[Any]:
         """Return the data of the sockets that are ready; less if it was woken."""
-        ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
+        try:
+            ready = self.select(None if seconds == FOREVER else seconds)
+        except ValueError:  # Windows takes 512 sockets: any of these may be ready
+            time.sleep(POLL_SECONDS)
+            ready = [(key, 0) for key in self.get_map().values() if key.data]
         found = [key.data for key, _ in ready if key.data]
         if len(found) < len(ready):
             self._woken.recv(RECEIVE_BYTES)
