@@ -83,7 +83,7 @@ MAX_LINES_AT_ONCE = 128
 # The pause after each piece of a line: one without end is read at 25 MB/s at most.
 PIECE_PAUSE_SECONDS = 0.0001
 # The outbox is bounded.  Handlers wait for room, so that a sender that is too fast is
-# slowed by its own TCP window.
+# slowed by its own TCP window.  One send offers so much too.
 MAX_OUTBOX_BYTES = 256 * 1024
 # A member may be so far behind.  The stream is shared: all slow readers together hold
 # this much once, not each.
@@ -92,7 +92,6 @@ MAX_UNSENT_BYTES = 4 * 1024 * 1024
 MAX_OWN_BYTES = 16 * 1024 * 1024
 # An entry takes so much memory besides its bytes, and so does a piece sent ahead.
 ENTRY_BYTES = 200
-TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
 # A pass looks at the outbox so often: members whose turn is still to come get at once
 # what was said meanwhile.  While more than MAX_LOOK_BYTES are under way it does not.
 LOOKS_PER_PASS = 8
@@ -159,6 +158,28 @@ class _Client:
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
 
+    def receive(self) -> bytes:
+        """Wait for what the peer sends next; b"" is the end.  For the handler."""
+        if not MSG_DONTWAIT:  # the socket does not block
+            select.select([self.socket], [], [])
+        return self.socket.recv(RECEIVE_BYTES)
+
+    def has_ended(self) -> bool:
+        """Look whether the peer has ended the connection; pass over what it sent."""
+        try:
+            return not self.socket.recv(RECEIVE_BYTES, MSG_DONTWAIT)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
+
+    def shut(self, how: int) -> None:
+        """End one direction or both, under a thread that is blocked on the socket.
+
+        recv() returns b"" then.  close() would wake nobody, and free a descriptor that
+        is still in use.
+        """
+        with suppress(OSError):  # ended already
+            self.socket.shutdown(how)
+
 
 class _Entry(NamedTuple):
     """One entry of the outbox: its client sees `to_self`, all others `to_others`."""
@@ -224,13 +245,11 @@ class ChatServer:
 
     def serve(self) -> None:
         """Run the chat until stop() is called: also by who hears of a bug in a thread."""
-        run = self._broadcaster.run
-        broadcaster = threading.Thread(target=run, name="broadcaster")
-        broadcaster.start()
+        self._broadcaster.start()
         try:
             self.accept_connections()
         finally:
-            self._shut_down(broadcaster)
+            self._shut_down()
 
     def stop(self) -> None:
         """Make serve() shut down in order and return.  For any thread, at any time."""
@@ -259,65 +278,59 @@ class ChatServer:
                 time.sleep(ACCEPT_PAUSE_SECONDS)  # it would spin
 
     def _drop_late(self) -> float:
-        """End those that have not joined in time; return the seconds until the next."""
-        now = time.monotonic()
+        """End the next one that has not joined in time; return the seconds until then."""
         with self._lock:
-            while self._unjoined:
-                client, until = next(iter(self._unjoined.items()))
-                if now < until:
-                    return until - now
-                self._drop_unjoined(client, f"not joined within {JOIN_SECONDS:.0f} s")
-        return FOREVER
+            client, until = next(iter(self._unjoined.items()), (None, FOREVER))
+            seconds = until - time.monotonic()
+            if client and seconds <= 0:
+                why = f"This connection has not joined within {JOIN_SECONDS:.0f} s."
+                self._drop_unjoined(client, why)
+        return seconds
 
     def _accept_one(self) -> None:
-        """Give a client a handler, or turn it away.
+        """Give a client a handler, if need be in place of one that has not joined.
 
         Raises OSError or RuntimeError if the system lacks something.
         """
         client_socket, address = self._listener.accept()
-        if not address:  # macOS has none for a peer that is gone again
-            client_socket.close()
-            return
-        client = _Client(client_socket, _format_address(address))
+        # macOS has no address for a peer that is gone again.
+        client = _Client(client_socket, _format_address(address or ("unknown", 0)))
         handler = threading.Thread(target=self.handle_client, args=(client_socket,))
         client.thread = handler
         with self._lock:
-            if not self._make_room():
-                self._tell(f"Refused {client}: the chat is full")
-                full = protocol.refusal(f"{protocol.FULL}, please try again later.")
-                self._broadcaster.append(_Entry(client, b"", full, leaves=True))
-                return
             self._connections[client_socket] = client
             self._unjoined[client] = time.monotonic() + JOIN_SECONDS
+            if len(self.clients) + len(self._unjoined) > self._max_clients:
+                self._make_room(client)
         try:
-            handler.start()
+            if not client.dropped:
+                handler.start()
         except RuntimeError:
             with self._lock:
-                self._drop_unjoined(client, "the system has no more threads")
-            self.remove_client(client_socket)
+                self._drop_unjoined(client, "The system has no more threads.")
             raise
+        finally:
+            if not handler.ident:  # it will not do so
+                self.remove_client(client_socket)
 
-    def _make_room(self) -> bool:
-        """End the oldest that has not joined if need be; False if all are members.
+    def _make_room(self, newcomer: _Client) -> None:
+        """End the one that waits to join for longest: if all are members, the newcomer.
 
-        Caller holds _lock.
+        That too while many handlers have still to end.  Caller holds _lock.
         """
-        if len(self._connections) >= 2 * self._max_clients:
-            return False  # there are handlers that have not ended yet
-        if len(self.clients) + len(self._unjoined) >= self._max_clients:
-            oldest = next(iter(self._unjoined), None)
-            if not oldest:
-                return False
-            self._drop_unjoined(oldest, "not joined, and others need the room")
-        return True
+        client = next(iter(self._unjoined))
+        why = "This connection has not joined, and others need the room."
+        if client is newcomer or len(self._connections) > 2 * self._max_clients:
+            client, why = newcomer, f"{protocol.FULL}, please try again later."
+        self._drop_unjoined(client, why)
 
     def _drop_unjoined(self, client: _Client, why: str) -> None:
         """End a client that has not joined.  Caller holds _lock."""
         del self._unjoined[client]
         client.dropped = why
-        reason = protocol.refusal(f"Disconnected: {why}.")
-        self._broadcaster.append(_Entry(client, b"", reason))
-        _shut(client.socket, socket.SHUT_RD)  # wakes its handler
+        self._broadcaster.append(_Entry(client, b"", protocol.refusal(why)))
+        if client.thread.is_alive():
+            client.shut(socket.SHUT_RD)  # wakes its handler
 
     def handle_client(self, client_socket: socket.socket) -> None:
         """Serve one client from its name to its end.  Runs in a thread of its own.
@@ -337,10 +350,6 @@ class ChatServer:
         except Exception:  # noqa: BLE001
             traceback.print_exc()  # a bug: the others go on
         finally:
-            if client.dropped:
-                self._tell(f"Disconnected {client}: {client.dropped}")
-            elif client.lost:
-                self._tell(f"Lost connection to {client}: {client.lost}")
             self.remove_client(client_socket)
 
     def _read_lines(self, client: _Client) -> Iterator[bytes]:
@@ -370,7 +379,7 @@ class ChatServer:
         rate = self._lines_per_second or UNLIMITED
         used_until = -FOREVER  # a token bucket: lines of this second are used next
         read_until = FOREVER
-        while (chunk := _receive_some(client.socket)) and not client.dropped:
+        while (chunk := client.receive()) and not client.dropped:
             lines = splitter.feed(chunk)
             if not lines:
                 closed.wait(PIECE_PAUSE_SECONDS)  # so that others can run
@@ -389,8 +398,7 @@ class ChatServer:
                 if lines and _is_gone(client.socket):
                     read_until = min(read_until, now + GONE_SECONDS)
                     if now > read_until:
-                        client.lost = os.strerror(errno.ECONNRESET)
-                        return
+                        raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
     def _ask_name(self, client: _Client) -> bool:
         """Read until a line is a name that may be used; False if none comes."""
@@ -590,17 +598,21 @@ class ChatServer:
             if not client:
                 return
             self._unjoined.pop(client, None)
+            left = b""
+            if client.dropped:
+                self._tell(f"Disconnected {client}: {client.dropped}")
+            elif client.lost:
+                self._tell(f"Lost connection to {client}: {client.lost}")
+            elif not client.name:
+                self._tell(f"Closed connection from {client}")
             if client.name:
                 del self.clients[client.name]
                 del self._owners[protocol.name_key(client.name)]
                 self._tell(f"Removing user: {client.name} from clients")
                 left = protocol.notice(f"{client.name} has left the chat.")
-            else:
-                self._tell(f"Closed connection from {client}")
-                left = b""
             self._broadcaster.append(_Entry(client, left, leaves=True))
 
-    def _shut_down(self, broadcaster: threading.Thread) -> None:
+    def _shut_down(self) -> None:
         """End in order.
 
         1. Take no new clients; send those away that have not joined.
@@ -609,22 +621,20 @@ class ChatServer:
            connection; it closes those that the peers end too within SHUTDOWN_SECONDS.
         4. Wake the handlers that are left, wait for them, and close what they held.
         """
-        self._arrivals.unregister(self._listener)
         self._listener.close()
         notice = protocol.notice("Server is shutting down.")
         with self._lock:
             for client in tuple(self._unjoined):
-                self._drop_unjoined(client, "the server shuts down")
+                self._drop_unjoined(client, "The server shuts down.")
             self._broadcaster.append(_Entry(None, notice, leaves=True))
             self._broadcaster.close_outbox()
         if self._database:
             self._database.stop()
-        broadcaster.join()
+        self._broadcaster.join()
         with self._lock:
             left = tuple(self._connections.values())
         for client in left:
-            _shut(client.socket, socket.SHUT_RDWR)
-        for client in left:
+            client.shut(socket.SHUT_RDWR)
             client.thread.join()
         self._broadcaster.close()
         self._arrivals.close()
@@ -643,7 +653,7 @@ _DATABASE_COMMANDS = {
 }
 
 
-class _Broadcaster:
+class _Broadcaster(threading.Thread):
     """The outbox, and the thread that sends what is in it and closes the connections.
 
     The outbox is for all threads, under the lock.  All else is the thread's own.
@@ -651,6 +661,7 @@ class _Broadcaster:
 
     def __init__(self, lock: threading.Lock) -> None:
         """lock: the server's."""
+        super().__init__(name="broadcaster")
         # The outbox: entries in the one order in which all see them.
         self._lock = lock
         self._has_room = threading.Condition(lock)
@@ -751,7 +762,6 @@ class _Broadcaster:
             self._clients[client] = None
             self._queue_face(client, start, entry)
             if entry.leaves:
-                client.socket.setblocking(False)
                 seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
                 self._leaving[client] = time.monotonic() + seconds
         return size
@@ -798,16 +808,16 @@ class _Broadcaster:
                 self._note_progress(client)
 
     def _slice(self, place: int, end: int) -> bytearray:
-        """Return a part of the stream, as much of it as one send offers."""
+        """Return a part of the stream, or what a full outbox holds of it."""
         first = self._end - len(self._stream)
-        return self._stream[place - first : min(end, place + TURN_BYTES) - first]
+        return self._stream[place - first : min(end, place + MAX_OUTBOX_BYTES) - first]
 
     def _unsent(self, client: _Client) -> bytearray:
         """Return the next bytes for a client that has faces to see."""
         data, place = bytearray(), client.place
         for start, text, end in client.faces:
             data += self._slice(place, start)
-            if len(data) >= TURN_BYTES:
+            if len(data) >= MAX_OUTBOX_BYTES:
                 return data
             data += text
             place = end
@@ -866,7 +876,7 @@ class _Broadcaster:
 
     def _drop(self, client: _Client, why: str) -> None:
         client.dropped = f"too slow, {why}"
-        _shut(client.socket, socket.SHUT_RDWR)  # wakes its handler
+        client.shut(socket.SHUT_RDWR)  # wakes its handler
         self._stop_sending(client)
 
     def _stop_sending(self, client: _Client) -> None:
@@ -875,7 +885,7 @@ class _Broadcaster:
         client.place = OVER
         client.faces.clear()
         client.own_bytes = 0
-        _shut(client.socket, socket.SHUT_WR)
+        client.shut(socket.SHUT_WR)
         if client in self._leaving:
             self._selector.register(client.socket, selectors.EVENT_READ, client)
 
@@ -888,7 +898,7 @@ class _Broadcaster:
         now = time.monotonic()
         for client, until in tuple(self._leaving.items()):
             is_over = client in ready and client.place == OVER
-            if until <= now or (is_over and _has_ended(client.socket)):
+            if until <= now or (is_over and client.has_ended()):
                 self._unwatch(client)
                 del self._clients[client], self._leaving[client]
                 client.socket.close()
@@ -934,9 +944,7 @@ class _Selector(selectors.DefaultSelector):
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listener on an address of the host."""
-    addresses = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     # IPv4 if the host has both, as the default host is.
     family, *_, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
     # It sets SO_REUSEADDR where that lets a restarted server have its port at once.
@@ -968,37 +976,10 @@ def _set_options(client_socket: socket.socket) -> None:
             client_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _receive_some(client_socket: socket.socket) -> bytes:
-    """Wait for what the peer sends next; b"" is the end."""
-    if not MSG_DONTWAIT:  # the socket does not block
-        select.select([client_socket], [], [])
-    return client_socket.recv(RECEIVE_BYTES)
-
-
-def _shut(client_socket: socket.socket, how: int) -> None:
-    """End one direction of a connection or both, under a thread that is blocked on it.
-
-    recv() returns b"" then.  close() would wake nobody, and free a descriptor that is
-    still in use.
-    """
-    with suppress(OSError):  # ended already
-        client_socket.shutdown(how)
-
-
 def _is_gone(client_socket: socket.socket) -> bool:
     """Tell whether the connection has been reset, also if input is still unread."""
     try:
         client_socket.getpeername()
-        return False
-    except OSError:
-        return True
-
-
-def _has_ended(client_socket: socket.socket) -> bool:
-    """Look, without waiting, whether the peer has ended a connection; pass over input."""
-    try:
-        return not client_socket.recv(RECEIVE_BYTES)
-    except BlockingIOError:
         return False
     except OSError:
         return True

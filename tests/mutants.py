@@ -157,8 +157,8 @@ no-thread-left-ends-the-server: test_out_of_threads_the_server_serves_those_insi
 - except (OSError, RuntimeError) as error:
 + except OSError as error:
 turned-away-without-a-word: test_members_join_up_to_the_limit
-- self._broadcaster.append(_Entry(client, b"", full, leaves=True))
-+ self._broadcaster.append(_Entry(client, b"", leaves=True))
+- self._broadcaster.append(_Entry(client, b"", protocol.refusal(why)))
++ pass
 no-thread-left-not-told: test_out_of_threads_the_server_serves_those_inside
 -         except RuntimeError:
 +         except KeyError:
@@ -265,7 +265,7 @@ write-error-discards-input: test_what_was_sent_is_delivered_though_writing_fails
 +                 client.dropped = error.strerror or str(error)
 +                 self._stop
 closed-with-input-unread: test_what_is_sent_after_q_costs_nobody
-- (is_over and _has_ended(client.socket)):
+- (is_over and client.has_ended()):
 + is_over:
 last-send-not-awaited: test_who_leaves_still_receives_what_was_said_before
 -                 self._leaving[client] = time.monotonic() + seconds
