@@ -204,11 +204,11 @@ terminal-told-outside-the-lock: test_all_members_and_the_terminal_see_one_order
 +             if told:
 +                 threading.Timer(0.001, self._tell, [told]).start()
 send-blocks: test_a_slow_reader_is_dropped_and_others_go_on
-- client.socket.send(data, MSG_DONTWAIT) if data
-+ client.socket.send(data, 0) if data
+- client.socket.send(block, MSG_DONTWAIT)
++ client.socket.send(block, 0)
 rest-of-a-send-forgotten: test_what_a_socket_takes_in_pieces_arrives_whole_once
--                 client.place += sent
-+                 client.place += len(data) if sent else 0
+- client.place += client.socket.send(block, MSG_DONTWAIT)
++ client.place += len(block) if client.socket.send(block, MSG_DONTWAIT) else 0
 slow-reader-watched-for-ever: test_an_idle_server_uses_no_cpu
 -             self._unwatch(client)
 -         elif client not in
