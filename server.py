@@ -185,11 +185,12 @@ class _Client:
 class _Entry(NamedTuple):
     """One entry of the outbox: its client sees `to_self`, all others `to_others`."""
 
-    client: _Client | None  # None: the last entry
+    client: _Client
     to_others: bytes
     to_self: bytes = b""
     joins: bool = False  # from here on it gets the stream
-    leaves: bool = False  # here it gets the last thing, and its handler ends
+    ends: bool = False  # here it gets the last thing
+    leaves: bool = False  # and its handler has ended
 
     def size(self) -> int:
         """Return how many bytes of memory it takes."""
@@ -524,7 +525,6 @@ class ChatServer:
         order of the room.  Returns False if the entry's client has left, or all do.
         """
         client = entry.client
-        assert client
         with self._lock:
             has_room = self._broadcaster.wait_for_room(entry.size())
             if not has_room or client.socket not in self._connections:
@@ -627,7 +627,8 @@ class ChatServer:
         with self._lock:
             for client in tuple(self._unjoined):
                 self._drop_unjoined(client, "The server shuts down.")
-            self._broadcaster.append(_Entry(None, notice, leaves=True))
+            for client in self._owners.values():
+                self._broadcaster.append(_Entry(client, b"", notice, ends=True))
             self._broadcaster.close_outbox()
         if self._database:
             self._database.stop()
@@ -680,7 +681,7 @@ class _Broadcaster(threading.Thread):
         self._selector = _Selector()  # where the thread rests
         self._pass_again = False  # some members had their turn before the last look
         self._pass_at = 0.0  # no pass before then
-        self._end_at = FOREVER  # set by the last entry
+        self._end_at = FOREVER  # set once the outbox is closed
 
     def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
         """Wait until an entry may be appended; False once the outbox is closed.
@@ -703,13 +704,15 @@ class _Broadcaster(threading.Thread):
             self._selector.wake()
 
     def close_outbox(self) -> None:
-        """Let nobody wait for room any longer.  Caller holds the lock."""
+        """Let nobody wait for room any longer, and end soon.  Caller holds the lock."""
+        self._end_at = time.monotonic() + SHUTDOWN_SECONDS
         self.closed.set()
         self._has_room.notify_all()
+        self._selector.wake()
 
     def run(self) -> None:
-        """Send all that is appended until all have left after the last entry."""
-        while self._clients or self._end_at == FOREVER:
+        """Send all that is appended until the outbox is closed and all have left."""
+        while self._clients or self._outbox or not self.closed.is_set():
             until = min([self._end_at, *self._leaving.values()])
             # Without the lock: what is appended from now on ends the wait.
             if self._outbox or self._pass_again:
@@ -755,27 +758,18 @@ class _Broadcaster(threading.Thread):
             client, start = entry.client, self._end
             self._stream += entry.to_others
             self._end += len(entry.to_others)
-            if not client:  # the last entry: all see it, and leave
-                for each in self._clients:
-                    self._queue_face(each, self._end, entry)
-                self._end_at = time.monotonic() + SHUTDOWN_SECONDS
-                continue
+            place = client.faces[-1].end if client.faces else client.place
+            if entry.ends or entry.leaves:
+                place = OVER
+            elif entry.joins or place < self._end:
+                place = self._end
+            client.faces.append(_Face(start, entry.to_self, place))
+            client.own_bytes += ENTRY_BYTES + len(entry.to_self)
             self._clients[client] = None
-            self._queue_face(client, start, entry)
             if entry.leaves:
                 seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
                 self._leaving[client] = time.monotonic() + seconds
         return size
-
-    def _queue_face(self, client: _Client, start: int, entry: _Entry) -> None:
-        """Have a client see its own face of an entry; the others see it from start on."""
-        place = client.faces[-1].end if client.faces else client.place
-        if entry.leaves:
-            place = OVER
-        elif entry.joins or place < self._end:
-            place = self._end
-        client.faces.append(_Face(start, entry.to_self, place))
-        client.own_bytes += ENTRY_BYTES + len(entry.to_self)
 
     def _give_turns(self, clients: Iterable[_Client]) -> None:
         """Send each client what it has not had, as much as its socket takes at once.

@@ -191,7 +191,7 @@ name-checked-outside-lock: test_one_of_fifty_claims_of_a_name_at_one_moment_wins
 newcomer-hears-the-past: test_everybody_sees_what_follows or test_all_members_and_the_terminal_see_one_order
 - client.faces.append(_Face(start, entry.to_self, place))
 + heard = self._end - len(self._stream) if entry.joins else place
-+         client.faces.append(_Face(start, entry.to_self, heard))
++             client.faces.append(_Face(start, entry.to_self, heard))
 author-hears-itself: test_a_message_goes_to_every_member_but_its_sender
 - self._submit(_Entry(sender, encoded), told
 + self._submit(_Entry(sender, encoded, encoded), told
@@ -281,14 +281,14 @@ bug-in-reading-ends-all: test_a_bug_in_reading_ends_one_connection
 - except Exception:  # noqa: BLE001
 + except KeyError:
 shutdown-outlasts-the-last-client: test_a_shutdown_is_over_once_all_clients_have_hung_up
-- while self._clients or self._end_at == FOREVER:
+- while self._clients or self._outbox or not self.closed.is_set():
 + while True:
 bug-ends-with-status-0: test_a_bug_in_sending
 - return 1 if bugs else 0
 + return 0
 no-last-notice: test_a_signal_ends_the_server_in_order
-- self._broadcaster.append(_Entry(None, notice, leaves=True))
-+ self._broadcaster.append(_Entry(None, b"", leaves=True))
+- self._broadcaster.append(_Entry(client, b"", notice, ends=True))
++ self._broadcaster.append(_Entry(client, b"", ends=True))
 second-signal-ignored: test_a_second_interrupt_ends_the_server_at_once
 -         signal.signal(signal.SIGINT, signal.SIG_DFL)
 -         signal.signal(signal.SIGTERM, signal.SIG_DFL)
