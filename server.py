@@ -129,7 +129,6 @@ HASH_PAUSE_SECONDS = 0.5  # until we look again whether the client still waits f
 BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
 
 FOREVER = float("inf")
-UNLIMITED = 10**9  # lines a second: more than anybody sends
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 # Places outside of the stream: of a client that has not joined, and of one that has had
 # all, so that we have ended our side.
@@ -355,30 +354,24 @@ class ChatServer:
             self.remove_client(client_socket)
 
     def _read_lines(self, client: _Client) -> Iterator[bytes]:
-        """Yield the lines of a client, up to the one with which it leaves.
+        """Yield the lines of a client, up to the one with which it leaves."""
+        for line in self._receive(client):
+            if line in protocol.QUIT_LINES:
+                self._say(client)
+                if client.name and self._tell_messages:
+                    self._tell(f"Received message from {client.name}: {line.decode()}")
+                return
+            yield line
 
-        What it says in lines that came together is then passed on together.
-        """
-        for batch in self._receive(client):
-            for line in batch:
-                if line in protocol.QUIT_LINES:
-                    self._say(client)
-                    if client.name and self._tell_messages:
-                        q = line.decode()
-                        self._tell(f"Received message from {client.name}: {q}")
-                    return
-                yield line
-            self._say(client)
+    def _receive(self, client: _Client) -> Iterator[bytes]:
+        """Yield lines as they come, no more of them than it may send.
 
-    def _receive(self, client: _Client) -> Iterator[list[bytes]]:
-        """Yield lines as they come, some at once, no more of them than it may send.
-
-        Ends with EOF, at a shutdown, when the client is dropped, and some time after its
-        peer is gone.
+        What it says in lines that came together is passed on together.  Ends with EOF,
+        at a shutdown, when the client is dropped, and some time after its peer is gone.
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         closed = self._broadcaster.closed
-        rate = self._lines_per_second or UNLIMITED
+        rate = self._lines_per_second or 10**9  # more than anybody sends
         used_until = -FOREVER  # a token bucket: lines of this second are used next
         read_until = FOREVER
         while (chunk := client.receive()) and not client.dropped:
@@ -390,7 +383,8 @@ class ChatServer:
                 used_until = max(used_until, now - BURST_SECONDS)
                 unused = int((now - used_until) * rate)
                 if batch := lines[: min(unused, MAX_LINES_AT_ONCE)]:
-                    yield batch
+                    yield from batch
+                    self._say(client)
                     del lines[: len(batch)]
                     used_until += len(batch) / rate
                 else:
@@ -524,16 +518,15 @@ class ChatServer:
         told, said: what is for the terminal and for the database, which so keep the
         order of the room.  Returns False if the entry's client has left, or all do.
         """
-        client = entry.client
         with self._lock:
             has_room = self._broadcaster.wait_for_room(entry.size())
-            if not has_room or client.socket not in self._connections:
+            if not has_room or entry.client.socket not in self._connections:
                 return False
             if told:
                 self._tell(told)
             self._broadcaster.append(entry)
             if said and self._database:
-                self._database.remember(client.name, said)
+                self._database.remember(entry.client.name, said)
         return True
 
     def _who(self, client: _Client, _: str) -> None:
@@ -840,17 +833,15 @@ class _Broadcaster(threading.Thread):
         While one is near that, the next pass comes later: in proportion to the size of
         what this one took in, and to how far beyond half of its limit the client is.
         """
-        place, most, own = self._end, 0, 0
+        place, most = self._end, 0
         for client in tuple(self._slow):
             unsent = max(0, self._end - client.place) + client.own_bytes
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
             else:
                 place, most = min(place, client.place), max(most, unsent)
-                own += client.own_bytes
-        while own > MAX_OWN_BYTES:
+        while sum([client.own_bytes for client in self._slow]) > MAX_OWN_BYTES:
             greediest = max(self._slow, key=lambda client: client.own_bytes)
-            own -= greediest.own_bytes
             self._drop(greediest, f"{greediest.own_bytes} bytes waited for it alone")
         if not self._pass_again:  # all but the slow ones have been sent all
             del self._stream[: place - (self._end - len(self._stream))]
