@@ -19,7 +19,7 @@ How a connection ends: the client leaves (q, or EOF), it is lost (its peer is go
 drop it (too slow, or not joined).  Its handler then calls remove_client, and ends: the
 client's last entry hands the connection over to the broadcaster.  That ends our side
 after the last send, and closes the connection once the peer has ended its side too.  A
-newcomer without room gets its refusal in such a last entry at once.
+newcomer without room has no handler: a refusal and its last entry are sent at once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ THROTTLE_PAUSE_SECONDS = 0.05  # a client that may not send now is read again af
 MAX_NAMES_TRIED = 5
 MAX_NAMES_LISTED = 20
 JOIN_SECONDS = 120.0
-POLL_SECONDS = 0.01  # where more sockets are watched than the system can
 GONE_SECONDS = 10.0  # a peer that is gone is read for so long: its flood keeps no name
 
 # One recv() is small, so that a message is passed on before many of its kind have piled
@@ -150,9 +149,10 @@ class _Client:
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
         # The broadcaster's own.  Up to its place in the stream, an offset, this client
-        # has been sent all; its own faces of entries stand further on.
+        # has been sent all.  Its own faces of entries stand further on: of each, where
+        # it is sent, its text, and where the client goes on then.
         self.place = OUTSIDE
-        self.faces: deque[_Face] = deque()
+        self.faces: deque[tuple[int, bytes, int]] = deque()
         self.own_bytes = 0  # of memory, for these faces
 
     def __str__(self) -> str:
@@ -194,14 +194,6 @@ class _Entry(NamedTuple):
     def size(self) -> int:
         """Return how many bytes of memory it takes."""
         return ENTRY_BYTES + len(self.to_others) + len(self.to_self)
-
-
-class _Face(NamedTuple):
-    """What one client is sent at an offset of the stream, to go on at another one."""
-
-    start: int
-    text: bytes
-    end: int
 
 
 class ChatServer:
@@ -683,9 +675,8 @@ class _Broadcaster(threading.Thread):
         other half keeps the way free for all that just say something.
         """
         most = max(0, MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size)
-        self._has_room.wait_for(
-            lambda: self._outbox_bytes <= most or self.closed.is_set()
-        )
+        while self._outbox_bytes > most and not self.closed.is_set():
+            self._has_room.wait()
         self._has_room.notify()  # one lets in the next: all at once would be in vain
         return not self.closed.is_set()
 
@@ -751,12 +742,12 @@ class _Broadcaster(threading.Thread):
             client, start = entry.client, self._end
             self._stream += entry.to_others
             self._end += len(entry.to_others)
-            place = client.faces[-1].end if client.faces else client.place
+            place = client.faces[-1][2] if client.faces else client.place
             if entry.ends or entry.leaves:
                 place = OVER
             elif entry.joins or place < self._end:
                 place = self._end
-            client.faces.append(_Face(start, entry.to_self, place))
+            client.faces.append((start, entry.to_self, place))
             client.own_bytes += ENTRY_BYTES + len(entry.to_self)
             self._clients[client] = None
             if entry.leaves:
@@ -785,8 +776,7 @@ class _Broadcaster(threading.Thread):
                 pass  # it is slow
             except OSError as error:
                 client.lost = error.strerror or str(error)
-                self._stop_sending(client)
-                continue
+                client.place = OVER
             if client.place != self._end or client.faces or client in self._slow:
                 self._note_progress(client)
 
@@ -809,7 +799,7 @@ class _Broadcaster(threading.Thread):
                 client.place += client.socket.send(part, MSG_DONTWAIT)
             elif text:
                 sent = client.socket.send(text, MSG_DONTWAIT)
-                client.faces[0] = _Face(start, text[sent:], end)
+                client.faces[0] = start, text[sent:], end
                 client.own_bytes -= sent
             else:
                 client.faces.popleft()
@@ -818,9 +808,17 @@ class _Broadcaster(threading.Thread):
         raise BlockingIOError
 
     def _note_progress(self, client: _Client) -> None:
-        """Watch the socket of a client that is behind, and only of such a client."""
+        """Watch the socket of a client that is behind; end our side if it has had all.
+
+        What its peer has sent can still be read then.
+        """
         if client.place == OVER:
-            self._stop_sending(client)
+            self._unwatch(client)
+            client.faces.clear()
+            client.own_bytes = 0
+            client.shut(socket.SHUT_WR)
+            if client in self._leaving:
+                self._selector.register(client.socket, selectors.EVENT_READ, client)
         elif client.place >= self._end and not client.faces:
             self._unwatch(client)
         elif client not in self._slow:
@@ -853,17 +851,8 @@ class _Broadcaster(threading.Thread):
     def _drop(self, client: _Client, why: str) -> None:
         client.dropped = f"too slow, {why}"
         client.shut(socket.SHUT_RDWR)  # wakes its handler
-        self._stop_sending(client)
-
-    def _stop_sending(self, client: _Client) -> None:
-        """End our side of a connection; what the peer has sent can still be read."""
-        self._unwatch(client)
         client.place = OVER
-        client.faces.clear()
-        client.own_bytes = 0
-        client.shut(socket.SHUT_WR)
-        if client in self._leaving:
-            self._selector.register(client.socket, selectors.EVENT_READ, client)
+        self._note_progress(client)
 
     def _close_ended(self, ready: set[_Client]) -> None:
         """Close the connections that have ended on both sides, or whose time is up.
@@ -905,7 +894,7 @@ class _Selector(selectors.DefaultSelector):
         try:
             ready = self.select(None if seconds == FOREVER else seconds)
         except ValueError:  # Windows takes 512 sockets: any of these may be ready
-            time.sleep(POLL_SECONDS)
+            time.sleep(0.01)
             ready = [(key, 0) for key in self.get_map().values() if key.data]
         found = [key.data for key, _ in ready if key.data]
         if len(found) < len(ready):

@@ -189,9 +189,9 @@ name-checked-outside-lock: test_one_of_fifty_claims_of_a_name_at_one_moment_wins
 +             self._lock.acquire()
 +             if self._database and
 newcomer-hears-the-past: test_everybody_sees_what_follows or test_all_members_and_the_terminal_see_one_order
-- client.faces.append(_Face(start, entry.to_self, place))
+- client.faces.append((start, entry.to_self, place))
 + heard = self._end - len(self._stream) if entry.joins else place
-+             client.faces.append(_Face(start, entry.to_self, heard))
++             client.faces.append((start, entry.to_self, heard))
 author-hears-itself: test_a_message_goes_to_every_member_but_its_sender
 - self._submit(_Entry(sender, encoded), told
 + self._submit(_Entry(sender, encoded, encoded), told
@@ -261,16 +261,17 @@ gone-at-once: test_the_flood_of_one_that_is_gone
 + if True:
 write-error-discards-input: test_what_was_sent_is_delivered_though_writing_fails
 -                 client.lost = error.strerror or str(error)
--                 self._stop
+-                 client.place
 +                 client.dropped = error.strerror or str(error)
-+                 self._stop
++                 client.place
 closed-with-input-unread: test_what_is_sent_after_q_costs_nobody
 - (is_over and client.has_ended()):
 + is_over:
 last-send-not-awaited: test_who_leaves_still_receives_what_was_said_before
 -                 self._leaving[client] = time.monotonic() + seconds
 +                 self._leaving[client] = time.monotonic() + seconds
-+                 self._stop_sending(client)
++                 client.place = OVER
++                 self._note_progress(client)
 stalled-leaver-kept: test_who_leaves_without_reading_is_not_waited_for
 - if until <= now or (is_over
 + if (is_over
