@@ -664,6 +664,7 @@ class _Broadcaster(threading.Thread):
         self._slow: dict[_Client, None] = {}  # watched until their sockets take more
         self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
         self._selector = _Selector()  # where the thread rests
+        self._rests = False  # an entry is to wake the thread
         self._pass_again = False  # some members had their turn before the last look
         self._pass_at = 0.0  # no pass before then
         self._end_at = FOREVER  # set once the outbox is closed
@@ -684,7 +685,7 @@ class _Broadcaster(threading.Thread):
         """Have an entry sent.  Caller holds the lock.  Never waits."""
         self._outbox.append(entry)
         self._outbox_bytes += entry.size()
-        if len(self._outbox) == 1:
+        if self._rests and len(self._outbox) == 1:
             self._selector.wake()
 
     def close_outbox(self) -> None:
@@ -698,10 +699,11 @@ class _Broadcaster(threading.Thread):
         """Send all that is appended until the outbox is closed and all have left."""
         while self._clients or self._outbox or not self.closed.is_set():
             until = min([self._end_at, *self._leaving.values()])
-            # Without the lock: what is appended from now on ends the wait.
+            self._rests = True  # what is appended after the next line ends the rest
             if self._outbox or self._pass_again:
                 until = min(until, self._pass_at)
             ready = self._selector.wait(until - time.monotonic())
+            self._rests = False
             if time.monotonic() >= self._end_at:
                 return
             self._give_turns(ready)
