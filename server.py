@@ -19,7 +19,7 @@ How a connection ends: the client leaves (q, or EOF), it is lost (its peer is go
 drop it (too slow, or not joined).  Its handler then calls remove_client, and ends: the
 client's last entry hands the connection over to the broadcaster.  That ends our side
 after the last send, and closes the connection once the peer has ended its side too.  A
-newcomer without room gets its refusal in such a last entry at once.
+newcomer without room has no handler: a refusal and its last entry are sent at once.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ MAX_LINES_AT_ONCE = 128
 # The pause after each piece of a line: one without end is read at 25 MB/s at most.
 PIECE_PAUSE_SECONDS = 0.0001
 # The outbox is bounded.  Handlers wait for room, so that a sender that is too fast is
-# slowed by its own TCP window.
+# slowed by its own TCP window.  One send offers so much too.
 MAX_OUTBOX_BYTES = 256 * 1024
 # A member may be so far behind.  The stream is shared: all slow readers together hold
 # this much once, not each.
@@ -86,7 +86,7 @@ MAX_UNSENT_BYTES = 4 * 1024 * 1024
 MAX_OWN_BYTES = 16 * 1024 * 1024
 # An entry takes so much memory besides its bytes, and so does a piece sent ahead.
 ENTRY_BYTES = 200
-TURN_BYTES = 256 * 1024  # one send offers so much: all of a full outbox
+STEPS_PER_TURN = 200  # for a client with faces of its own: less than a millisecond
 # A pass looks at the outbox so often: members whose turn is still to come get at once
 # what was said meanwhile.  While more than MAX_LOOK_BYTES are under way it does not.
 LOOKS_PER_PASS = 8
@@ -122,9 +122,6 @@ HASH_PAUSE_SECONDS = 0.5  # until we look again whether the client still waits f
 BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
 
 FOREVER = float("inf")
-UNLIMITED = 10**9  # lines a second: more than anybody sends
-# Where there is only select(), on Windows, it takes no more than 512 sockets.
-MAX_WATCHED = 500 if sys.platform == "win32" else sys.maxsize
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)  # 0: Windows has none
 # Places outside of the stream: of a client that has not joined, and of one that has had
 # all, so that we have ended our side.
@@ -135,12 +132,8 @@ class _Client:
     """One connection; once it has joined, a member: a place in the stream."""
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
+        # It blocks, for its handler; the broadcaster sends with MSG_DONTWAIT meanwhile.
         self.socket = client_socket
-        # Sends as much as the socket takes at once.  The socket stays blocking: its
-        # handler waits in recv() at the same time.
-        self.send: Callable[[bytes | bytearray, int], int] = client_socket.send
-        if not MSG_DONTWAIT:
-            self.send = partial(_send_a_little, client_socket)
         self.peer = peer  # "address:port"
         self.thread: threading.Thread  # its handler
         self.name = ""  # until it has joined
@@ -150,29 +143,47 @@ class _Client:
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
         # The broadcaster's own.  Up to its place in the stream, an offset, this client
-        # has been sent all.  Next it is sent the pieces ahead, parts of the stream and
-        # its own faces of entries; after these it goes on in the stream.
+        # has been sent all.  Its own faces of entries stand further on: of each, where
+        # it is sent, its text, and where the client goes on then.
         self.place = OUTSIDE
-        self.ahead: deque[range | bytes] = deque()
-        self.after = OUTSIDE  # the offset where it goes on then
-        self.face_bytes = 0  # of these faces
-
-    def own_bytes(self) -> int:
-        """Return how many bytes of memory wait for this client alone."""
-        return ENTRY_BYTES * len(self.ahead) + self.face_bytes
+        self.faces: deque[tuple[int, bytes, int]] = deque()
+        self.own_bytes = 0  # of memory, for these faces
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
+
+    def receive(self) -> bytes:
+        """Wait for what the peer sends next; b"" is the end.  For the handler."""
+        if not MSG_DONTWAIT:  # the socket does not block
+            select.select([self.socket], [], [])
+        return self.socket.recv(RECEIVE_BYTES)
+
+    def has_ended(self) -> bool:
+        """Look whether the peer has ended the connection; pass over what it sent."""
+        try:
+            return not self.socket.recv(RECEIVE_BYTES, MSG_DONTWAIT)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
+
+    def shut(self, how: int) -> None:
+        """End one direction or both, under a thread that is blocked on the socket.
+
+        recv() returns b"" then.  close() would wake nobody, and free a descriptor that
+        is still in use.
+        """
+        with suppress(OSError):  # ended already
+            self.socket.shutdown(how)
 
 
 class _Entry(NamedTuple):
     """One entry of the outbox: its client sees `to_self`, all others `to_others`."""
 
-    client: _Client | None  # None: the last entry
+    client: _Client
     to_others: bytes
     to_self: bytes = b""
     joins: bool = False  # from here on it gets the stream
-    leaves: bool = False  # here it gets the last thing, and its handler ends
+    ends: bool = False  # here it gets the last thing
+    leaves: bool = False  # and its handler has ended
 
     def size(self) -> int:
         """Return how many bytes of memory it takes."""
@@ -221,13 +232,11 @@ class ChatServer:
 
     def serve(self) -> None:
         """Run the chat until stop() is called: also by who hears of a bug in a thread."""
-        run = self._broadcaster.run
-        broadcaster = threading.Thread(target=run, name="broadcaster")
-        broadcaster.start()
+        self._broadcaster.start()
         try:
             self.accept_connections()
         finally:
-            self._shut_down(broadcaster)
+            self._shut_down()
 
     def stop(self) -> None:
         """Make serve() shut down in order and return.  For any thread, at any time."""
@@ -256,65 +265,59 @@ class ChatServer:
                 time.sleep(ACCEPT_PAUSE_SECONDS)  # it would spin
 
     def _drop_late(self) -> float:
-        """End those that have not joined in time; return the seconds until the next."""
-        now = time.monotonic()
+        """End the next one that has not joined in time; return the seconds until then."""
         with self._lock:
-            while self._unjoined:
-                client, until = next(iter(self._unjoined.items()))
-                if now < until:
-                    return until - now
-                self._drop_unjoined(client, f"not joined within {JOIN_SECONDS:.0f} s")
-        return FOREVER
+            client, until = next(iter(self._unjoined.items()), (None, FOREVER))
+            seconds = until - time.monotonic()
+            if client and seconds <= 0:
+                why = f"This connection has not joined within {JOIN_SECONDS:.0f} s."
+                self._drop_unjoined(client, why)
+        return seconds
 
     def _accept_one(self) -> None:
-        """Give a client a handler, or turn it away.
+        """Give a client a handler, if need be in place of one that has not joined.
 
         Raises OSError or RuntimeError if the system lacks something.
         """
         client_socket, address = self._listener.accept()
-        if not address:  # macOS has none for a peer that is gone again
-            client_socket.close()
-            return
-        client = _Client(client_socket, _format_address(address))
+        # macOS has no address for a peer that is gone again.
+        client = _Client(client_socket, _format_address(address or ("unknown", 0)))
         handler = threading.Thread(target=self.handle_client, args=(client_socket,))
         client.thread = handler
         with self._lock:
-            if not self._make_room():
-                self._tell(f"Refused {client}: the chat is full")
-                full = protocol.refusal(f"{protocol.FULL}, please try again later.")
-                self._broadcaster.append(_Entry(client, b"", full, leaves=True))
-                return
             self._connections[client_socket] = client
             self._unjoined[client] = time.monotonic() + JOIN_SECONDS
+            if len(self.clients) + len(self._unjoined) > self._max_clients:
+                self._make_room(client)
         try:
-            handler.start()
+            if not client.dropped:
+                handler.start()
         except RuntimeError:
             with self._lock:
-                self._drop_unjoined(client, "the system has no more threads")
-            self.remove_client(client_socket)
+                self._drop_unjoined(client, "The system has no more threads.")
             raise
+        finally:
+            if not handler.ident:  # it will not do so
+                self.remove_client(client_socket)
 
-    def _make_room(self) -> bool:
-        """End the oldest that has not joined if need be; False if all are members.
+    def _make_room(self, newcomer: _Client) -> None:
+        """End the one that waits to join for longest: if all are members, the newcomer.
 
-        Caller holds _lock.
+        That too while many handlers have still to end.  Caller holds _lock.
         """
-        if len(self._connections) >= 2 * self._max_clients:
-            return False  # there are handlers that have not ended yet
-        if len(self.clients) + len(self._unjoined) >= self._max_clients:
-            oldest = next(iter(self._unjoined), None)
-            if not oldest:
-                return False
-            self._drop_unjoined(oldest, "not joined, and others need the room")
-        return True
+        client = next(iter(self._unjoined))
+        why = "This connection has not joined, and others need the room."
+        if client is newcomer or len(self._connections) > 2 * self._max_clients:
+            client, why = newcomer, f"{protocol.FULL}, please try again later."
+        self._drop_unjoined(client, why)
 
     def _drop_unjoined(self, client: _Client, why: str) -> None:
         """End a client that has not joined.  Caller holds _lock."""
         del self._unjoined[client]
         client.dropped = why
-        reason = protocol.refusal(f"Disconnected: {why}.")
-        self._broadcaster.append(_Entry(client, b"", reason))
-        _shut(client.socket, socket.SHUT_RD)  # wakes its handler
+        self._broadcaster.append(_Entry(client, b"", protocol.refusal(why)))
+        if client.thread.is_alive():
+            client.shut(socket.SHUT_RD)  # wakes its handler
 
     def handle_client(self, client_socket: socket.socket) -> None:
         """Serve one client from its name to its end.  Runs in a thread of its own.
@@ -334,40 +337,30 @@ class ChatServer:
         except Exception:  # noqa: BLE001
             traceback.print_exc()  # a bug: the others go on
         finally:
-            if client.dropped:
-                self._tell(f"Disconnected {client}: {client.dropped}")
-            elif client.lost:
-                self._tell(f"Lost connection to {client}: {client.lost}")
             self.remove_client(client_socket)
 
     def _read_lines(self, client: _Client) -> Iterator[bytes]:
-        """Yield the lines of a client, up to the one with which it leaves.
+        """Yield the lines of a client, up to the one with which it leaves."""
+        for line in self._receive(client):
+            if line in protocol.QUIT_LINES:
+                self._say(client)
+                if client.name and self._tell_messages:
+                    self._tell(f"Received message from {client.name}: {line.decode()}")
+                return
+            yield line
 
-        What it says in lines that came together is then passed on together.
-        """
-        for batch in self._receive(client):
-            for line in batch:
-                if line in protocol.QUIT_LINES:
-                    self._say(client)
-                    if client.name and self._tell_messages:
-                        q = line.decode()
-                        self._tell(f"Received message from {client.name}: {q}")
-                    return
-                yield line
-            self._say(client)
+    def _receive(self, client: _Client) -> Iterator[bytes]:
+        """Yield lines as they come, no more of them than it may send.
 
-    def _receive(self, client: _Client) -> Iterator[list[bytes]]:
-        """Yield lines as they come, some at once, no more of them than it may send.
-
-        Ends with EOF, at a shutdown, when the client is dropped, and some time after its
-        peer is gone.
+        What it says in lines that came together is passed on together.  Ends with EOF,
+        at a shutdown, when the client is dropped, and some time after its peer is gone.
         """
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         closed = self._broadcaster.closed
-        rate = self._lines_per_second or UNLIMITED
+        rate = self._lines_per_second or 10**9  # more than anybody sends
         used_until = -FOREVER  # a token bucket: lines of this second are used next
         read_until = FOREVER
-        while (chunk := client.socket.recv(RECEIVE_BYTES)) and not client.dropped:
+        while (chunk := client.receive()) and not client.dropped:
             lines = splitter.feed(chunk)
             if not lines:
                 closed.wait(PIECE_PAUSE_SECONDS)  # so that others can run
@@ -376,7 +369,8 @@ class ChatServer:
                 used_until = max(used_until, now - BURST_SECONDS)
                 unused = int((now - used_until) * rate)
                 if batch := lines[: min(unused, MAX_LINES_AT_ONCE)]:
-                    yield batch
+                    yield from batch
+                    self._say(client)
                     del lines[: len(batch)]
                     used_until += len(batch) / rate
                 else:
@@ -386,8 +380,7 @@ class ChatServer:
                 if lines and _is_gone(client.socket):
                     read_until = min(read_until, now + GONE_SECONDS)
                     if now > read_until:
-                        client.lost = os.strerror(errno.ECONNRESET)
-                        return
+                        raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
     def _ask_name(self, client: _Client) -> bool:
         """Read until a line is a name that may be used; False if none comes."""
@@ -508,17 +501,15 @@ class ChatServer:
         told, said: what is for the terminal and for the database, which so keep the
         order of the room.  Returns False if the entry's client has left, or all do.
         """
-        client = entry.client
-        assert client
         with self._lock:
             has_room = self._broadcaster.wait_for_room(entry.size())
-            if not has_room or client.socket not in self._connections:
+            if not has_room or entry.client.socket not in self._connections:
                 return False
             if told:
                 self._tell(told)
             self._broadcaster.append(entry)
             if said and self._database:
-                self._database.remember(client.name, said)
+                self._database.remember(entry.client.name, said)
         return True
 
     def _who(self, client: _Client, _: str) -> None:
@@ -584,17 +575,21 @@ class ChatServer:
             if not client:
                 return
             self._unjoined.pop(client, None)
+            left = b""
+            if client.dropped:
+                self._tell(f"Disconnected {client}: {client.dropped}")
+            elif client.lost:
+                self._tell(f"Lost connection to {client}: {client.lost}")
+            elif not client.name:
+                self._tell(f"Closed connection from {client}")
             if client.name:
                 del self.clients[client.name]
                 del self._owners[protocol.name_key(client.name)]
                 self._tell(f"Removing user: {client.name} from clients")
                 left = protocol.notice(f"{client.name} has left the chat.")
-            else:
-                self._tell(f"Closed connection from {client}")
-                left = b""
             self._broadcaster.append(_Entry(client, left, leaves=True))
 
-    def _shut_down(self, broadcaster: threading.Thread) -> None:
+    def _shut_down(self) -> None:
         """End in order.
 
         1. Take no new clients; send those away that have not joined.
@@ -603,22 +598,21 @@ class ChatServer:
            connection; it closes those that the peers end too within SHUTDOWN_SECONDS.
         4. Wake the handlers that are left, wait for them, and close what they held.
         """
-        self._arrivals.unregister(self._listener)
         self._listener.close()
         notice = protocol.notice("Server is shutting down.")
         with self._lock:
             for client in tuple(self._unjoined):
-                self._drop_unjoined(client, "the server shuts down")
-            self._broadcaster.append(_Entry(None, notice, leaves=True))
+                self._drop_unjoined(client, "The server shuts down.")
+            for client in self._owners.values():
+                self._broadcaster.append(_Entry(client, b"", notice, ends=True))
             self._broadcaster.close_outbox()
         if self._database:
             self._database.close()
-        broadcaster.join()
+        self._broadcaster.join()
         with self._lock:
             left = tuple(self._connections.values())
         for client in left:
-            _shut(client.socket, socket.SHUT_RDWR)
-        for client in left:
+            client.shut(socket.SHUT_RDWR)
             client.thread.join()
         self._broadcaster.close()
         self._arrivals.close()
@@ -637,7 +631,7 @@ _DATABASE_COMMANDS = {
 }
 
 
-class _Broadcaster:
+class _Broadcaster(threading.Thread):
     """The outbox, and the thread that sends what is in it and closes the connections.
 
     The outbox is for all threads, under the lock.  All else is the thread's own.
@@ -645,12 +639,12 @@ class _Broadcaster:
 
     def __init__(self, lock: threading.Lock) -> None:
         """lock: the server's."""
+        super().__init__(name="broadcaster")
         # The outbox: entries in the one order in which all see them.
         self._lock = lock
         self._has_room = threading.Condition(lock)
         self._outbox: list[_Entry] = []
         self._outbox_bytes = 0
-        self._rests = False  # the next entry is to wake the thread
         self.closed = threading.Event()  # set under the lock
 
         # The stream: what some member has still to be sent, addressed by its offset since
@@ -661,10 +655,10 @@ class _Broadcaster:
         self._slow: dict[_Client, None] = {}  # watched until their sockets take more
         self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
         self._selector = _Selector()  # where the thread rests
+        self._rests = False  # an entry is to wake the thread
         self._pass_again = False  # some members had their turn before the last look
-        self._passed = 0  # the place up to which all but the slow ones have been sent
         self._pass_at = 0.0  # no pass before then
-        self._end_at = FOREVER  # set by the last entry
+        self._end_at = FOREVER  # set once the outbox is closed
 
     def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
         """Wait until an entry may be appended; False once the outbox is closed.
@@ -673,32 +667,34 @@ class _Broadcaster:
         other half keeps the way free for all that just say something.
         """
         most = max(0, MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size)
-
-        def fits() -> bool:
-            return self._outbox_bytes <= most or self.closed.is_set()
-
-        if not fits():
-            self._has_room.wait_for(fits)
-            self._has_room.notify()  # one lets in the next: all at once would be in vain
+        while self._outbox_bytes > most and not self.closed.is_set():
+            self._has_room.wait()
+        self._has_room.notify()  # one lets in the next: all at once would be in vain
         return not self.closed.is_set()
 
     def append(self, entry: _Entry) -> None:
         """Have an entry sent.  Caller holds the lock.  Never waits."""
         self._outbox.append(entry)
         self._outbox_bytes += entry.size()
-        if self._rests:
-            self._rests = False
+        if self._rests and len(self._outbox) == 1:
             self._selector.wake()
 
     def close_outbox(self) -> None:
-        """Let nobody wait for room any longer.  Caller holds the lock."""
+        """Let nobody wait for room any longer, and end soon.  Caller holds the lock."""
+        self._end_at = time.monotonic() + SHUTDOWN_SECONDS
         self.closed.set()
         self._has_room.notify_all()
+        self._selector.wake()
 
     def run(self) -> None:
-        """Send all that is appended until all have left after the last entry."""
-        while self._clients or self._end_at == FOREVER:
-            ready = self._rest()
+        """Send all that is appended until the outbox is closed and all have left."""
+        while self._clients or self._outbox or not self.closed.is_set():
+            until = min([self._end_at, *self._leaving.values()])
+            self._rests = True  # what is appended after the next line ends the rest
+            if self._outbox or self._pass_again:
+                until = min(until, self._pass_at)
+            ready = self._selector.wait(until - time.monotonic())
+            self._rests = False
             if time.monotonic() >= self._end_at:
                 return
             self._give_turns(ready)
@@ -711,16 +707,6 @@ class _Broadcaster:
             client.socket.close()
         self._selector.close()
 
-    def _rest(self) -> list[_Client]:
-        """Wait until there is something to do; return the clients that are ready."""
-        until = min([self._end_at, *self._leaving.values()])
-        with self._lock:
-            if self._outbox or self._pass_again:
-                until = min(until, self._pass_at)
-            else:
-                self._rests = True
-        return self._selector.wait(until - time.monotonic())
-
     def _make_pass(self) -> None:
         """Give a turn to each client that keeps up.
 
@@ -730,7 +716,6 @@ class _Broadcaster:
         taken = self._take_in() if time.monotonic() >= self._pass_at else 0
         if taken or self._pass_again:
             self._pass_again = False
-            self._passed = self._end
             clients = [client for client in self._clients if client not in self._slow]
             group = len(clients) // LOOKS_PER_PASS + 1
             for first in range(0, len(clients), group):
@@ -750,39 +735,18 @@ class _Broadcaster:
             client, start = entry.client, self._end
             self._stream += entry.to_others
             self._end += len(entry.to_others)
-            if not client:  # the last entry: all see it, and leave
-                for each in self._clients:
-                    self._queue_face(each, self._end, entry)
-                self._end_at = time.monotonic() + SHUTDOWN_SECONDS
-                continue
+            place = client.faces[-1][2] if client.faces else client.place
+            if entry.ends or entry.leaves:
+                place = OVER
+            elif entry.joins or place < self._end:
+                place = self._end
+            client.faces.append((start, entry.to_self, place))
+            client.own_bytes += ENTRY_BYTES + len(entry.to_self)
             self._clients[client] = None
-            self._queue_face(client, start, entry)
             if entry.leaves:
-                client.socket.setblocking(False)
                 seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
                 self._leaving[client] = time.monotonic() + seconds
-                if client.place == OVER:
-                    self._stop_sending(client)
         return size
-
-    def _queue_face(self, client: _Client, start: int, entry: _Entry) -> None:
-        """Have a client see its own face of an entry.
-
-        start: up to there it sees the stream.  Outside of that it stays where it is.
-        """
-        if not client.ahead:
-            client.after = client.place
-        if client.after < start:
-            client.ahead.append(range(client.after, start))
-        if entry.to_self:
-            client.ahead.append(entry.to_self)
-            client.face_bytes += len(entry.to_self)
-        if entry.leaves:
-            client.after = OVER
-        elif entry.joins or client.after < self._end:
-            client.after = self._end
-        if not client.ahead:
-            client.place = client.after
 
     def _give_turns(self, clients: Iterable[_Client]) -> None:
         """Send each client what it has not had, as much as its socket takes at once.
@@ -791,69 +755,68 @@ class _Broadcaster:
         """
         place, block = self._end, bytearray()  # members at one place share one block
         for client in clients:
-            if client.ahead:
-                data = self._unsent(client)
-            elif client.place >= self._end:
+            if client.place >= self._end and not client.faces:
                 continue
-            else:
+            try:
+                if client.faces:
+                    self._send_faces(client)
                 if client.place != place:
                     place = client.place
-                    block = self._slice(range(place, self._end))
-                data = block
-            try:
-                sent = client.send(data, MSG_DONTWAIT) if data else 0
+                    block = self._slice(place, self._end)
+                if block:
+                    client.place += client.socket.send(block, MSG_DONTWAIT)
             except BlockingIOError:
-                sent = 0
+                pass  # it is slow
             except OSError as error:
                 client.lost = error.strerror or str(error)
-                self._stop_sending(client)
-                continue
-            if client.ahead:
-                self._advance(client, sent)
-            else:
-                client.place += sent
-            if client.place != self._end or client.ahead or client in self._slow:
+                client.place = OVER
+            if client.place != self._end or client.faces or client in self._slow:
                 self._note_progress(client)
 
-    def _slice(self, part: range) -> bytearray:
-        """Return a part of the stream, as much of it as one send offers."""
+    def _slice(self, place: int, end: int) -> bytearray:
+        """Return a part of the stream, or what a full outbox holds of it."""
         first = self._end - len(self._stream)
-        return self._stream[part.start - first : part[:TURN_BYTES].stop - first]
+        return self._stream[place - first : min(end, place + MAX_OUTBOX_BYTES) - first]
 
-    def _unsent(self, client: _Client) -> bytearray:
-        """Return the next bytes for a client that has pieces ahead."""
-        data = bytearray()
-        for piece in chain(client.ahead, [range(client.after, self._end)]):
-            if len(data) >= TURN_BYTES:
-                break
-            data += self._slice(piece) if isinstance(piece, range) else piece
-        return data
+    def _send_faces(self, client: _Client) -> None:
+        """Send a client its own faces, and the stream up to the last of them.
 
-    def _advance(self, client: _Client, sent: int) -> None:
-        """Pass what the socket of such a client took."""
-        while client.ahead:
-            piece = client.ahead.popleft()
-            taken = min(sent, len(piece))
-            if isinstance(piece, range):
-                client.place = piece.start + taken
-            else:
-                client.face_bytes -= taken
-            if taken < len(piece):
-                client.ahead.appendleft(piece[taken:])
+        Raises BlockingIOError if some are left for its next turn.
+        """
+        for _ in range(STEPS_PER_TURN):
+            if not client.faces:
                 return
-            sent -= taken
-        client.place = client.after + sent
+            start, text, end = client.faces[0]
+            if client.place < start:
+                part = self._slice(client.place, start)
+                client.place += client.socket.send(part, MSG_DONTWAIT)
+            elif text:
+                sent = client.socket.send(text, MSG_DONTWAIT)
+                client.faces[0] = start, text[sent:], end
+                client.own_bytes -= sent
+            else:
+                client.faces.popleft()
+                client.place = end
+                client.own_bytes -= ENTRY_BYTES
+        raise BlockingIOError
 
     def _note_progress(self, client: _Client) -> None:
-        """Watch the socket of a client that is behind, and only of such a client."""
+        """Watch the socket of a client that is behind; end our side if it has had all.
+
+        What its peer has sent can still be read then.
+        """
         if client.place == OVER:
-            self._stop_sending(client)
-        elif client.place >= self._end and not client.ahead:
+            self._unwatch(client)
+            client.faces.clear()
+            client.own_bytes = 0
+            client.shut(socket.SHUT_WR)
+            if client in self._leaving:
+                self._selector.register(client.socket, selectors.EVENT_READ, client)
+        elif client.place >= self._end and not client.faces:
             self._unwatch(client)
         elif client not in self._slow:
             self._slow[client] = None
-            if not self._watch(client, selectors.EVENT_WRITE):
-                self._drop(client, "too many others are")
+            self._selector.register(client.socket, selectors.EVENT_WRITE, client)
 
     def _mind_slow_readers(self, taken: int) -> None:
         """Forget what all members have; drop a client that is too far behind.
@@ -861,19 +824,18 @@ class _Broadcaster:
         While one is near that, the next pass comes later: in proportion to the size of
         what this one took in, and to how far beyond half of its limit the client is.
         """
-        place, most, own = self._passed, 0, 0
+        place, most = self._end, 0
         for client in tuple(self._slow):
-            unsent = max(0, self._end - client.place) + client.own_bytes()
+            unsent = max(0, self._end - client.place) + client.own_bytes
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
             else:
                 place, most = min(place, client.place), max(most, unsent)
-                own += client.own_bytes()
-        while own > MAX_OWN_BYTES:
-            greediest = max(self._slow, key=_Client.own_bytes)
-            own -= (unsent := greediest.own_bytes())
-            self._drop(greediest, f"{unsent} bytes waited for it alone")
-        del self._stream[: place - (self._end - len(self._stream))]
+        while sum([client.own_bytes for client in self._slow]) > MAX_OWN_BYTES:
+            greediest = max(self._slow, key=lambda client: client.own_bytes)
+            self._drop(greediest, f"{greediest.own_bytes} bytes waited for it alone")
+        if not self._pass_again:  # all but the slow ones have been sent all
+            del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         if taken:
             fullness = min(1.0, taken / MAX_OUTBOX_BYTES)
@@ -881,18 +843,9 @@ class _Broadcaster:
 
     def _drop(self, client: _Client, why: str) -> None:
         client.dropped = f"too slow, {why}"
-        _shut(client.socket, socket.SHUT_RDWR)  # wakes its handler
-        self._stop_sending(client)
-
-    def _stop_sending(self, client: _Client) -> None:
-        """End our side of a connection; what the peer has sent can still be read."""
-        self._unwatch(client)
+        client.shut(socket.SHUT_RDWR)  # wakes its handler
         client.place = OVER
-        client.ahead.clear()
-        client.face_bytes = 0
-        _shut(client.socket, socket.SHUT_WR)
-        if client in self._leaving:
-            self._watch(client, selectors.EVENT_READ)
+        self._note_progress(client)
 
     def _close_ended(self, ready: set[_Client]) -> None:
         """Close the connections that have ended on both sides, or whose time is up.
@@ -903,18 +856,10 @@ class _Broadcaster:
         now = time.monotonic()
         for client, until in tuple(self._leaving.items()):
             is_over = client in ready and client.place == OVER
-            if until <= now or (is_over and _has_ended(client.socket)):
+            if until <= now or (is_over and client.has_ended()):
                 self._unwatch(client)
                 del self._clients[client], self._leaving[client]
                 client.socket.close()
-
-    def _watch(self, client: _Client, events: int) -> bool:
-        """Wait for the socket of a client too; False if there are too many."""
-        with suppress(OSError):  # for the system
-            if len(self._selector.get_map()) < MAX_WATCHED:
-                self._selector.register(client.socket, events, client)
-                return True
-        return False
 
     def _unwatch(self, client: _Client) -> None:
         self._slow.pop(client, None)
@@ -939,7 +884,11 @@ class _Selector(selectors.DefaultSelector):
 
     def wait(self, seconds: float) -> list[Any]:
         """Return the data of the sockets that are ready; less if it was woken."""
-        ready = self.select(None if seconds == FOREVER else max(0.0, seconds))
+        try:
+            ready = self.select(None if seconds == FOREVER else seconds)
+        except ValueError:  # Windows takes 512 sockets: any of these may be ready
+            time.sleep(0.01)
+            ready = [(key, 0) for key in self.get_map().values() if key.data]
         found = [key.data for key, _ in ready if key.data]
         if len(found) < len(ready):
             self._woken.recv(RECEIVE_BYTES)
@@ -954,9 +903,7 @@ class _Selector(selectors.DefaultSelector):
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listener on an address of the host."""
     # As bytes: of a text that can be no name, Python makes an error of another kind.
-    addresses = socket.getaddrinfo(
-        os.fsencode(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+    addresses = socket.getaddrinfo(os.fsencode(host), port, type=socket.SOCK_STREAM)
     # IPv4 if the host has both, as the default host is.
     family, *_, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
     # It sets SO_REUSEADDR where that lets a restarted server have its port at once.
@@ -974,7 +921,7 @@ def _set_options(client_socket: socket.socket) -> None:
     # Elsewhere inherited from the listener.  Not here: the call hands the interpreter
     # lock over, and joins took 25 % longer.
     if sys.platform != "linux":
-        client_socket.setblocking(True)
+        client_socket.setblocking(MSG_DONTWAIT != 0)
     client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         ("TCP_NODELAY", 1),  # a message does not wait until the last one is answered
@@ -988,39 +935,10 @@ def _set_options(client_socket: socket.socket) -> None:
             client_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _send_a_little(
-    client_socket: socket.socket, data: bytes | bytearray, _: int
-) -> int:
-    """Send so little that it does not block, or raise BlockingIOError."""
-    if not select.select([], [client_socket], [], 0)[1]:
-        raise BlockingIOError
-    return client_socket.send(data[:1024])
-
-
-def _shut(client_socket: socket.socket, how: int) -> None:
-    """End one direction of a connection or both, under a thread that is blocked on it.
-
-    recv() returns b"" then.  close() would wake nobody, and free a descriptor that is
-    still in use.
-    """
-    with suppress(OSError):  # ended already
-        client_socket.shutdown(how)
-
-
 def _is_gone(client_socket: socket.socket) -> bool:
     """Tell whether the connection has been reset, also if input is still unread."""
     try:
         client_socket.getpeername()
-        return False
-    except OSError:
-        return True
-
-
-def _has_ended(client_socket: socket.socket) -> bool:
-    """Look, without waiting, whether the peer has ended a connection; pass over input."""
-    try:
-        return not client_socket.recv(RECEIVE_BYTES)
-    except BlockingIOError:
         return False
     except OSError:
         return True

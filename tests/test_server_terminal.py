@@ -45,7 +45,7 @@ Refused {1}: A name is made of letters, digits, "_", "-" and ".".
 Refused {1}: That line is not UTF-8.
 User Bob has joined the chat.
 Private message from Bob to Alex
-Refused {2}: the chat is full
+Disconnected {2}: The chat is full, please try again later.
 Lost connection to Bob ({1}): Connection reset by peer
 Removing user: Bob from clients
 Received message from Alex: q
