@@ -282,7 +282,11 @@ class ChatServer:
         client_socket, address = self._listener.accept()
         # macOS has no address for a peer that is gone again.
         client = _Client(client_socket, _format_address(address or ("unknown", 0)))
-        handler = threading.Thread(target=self.handle_client, args=(client_socket,))
+        # A daemon, as the broadcaster is: a bug in the shutdown, which joins both, must
+        # not keep the program from its end.
+        handler = threading.Thread(
+            target=self.handle_client, args=(client_socket,), daemon=True
+        )
         client.thread = handler
         with self._lock:
             self._connections[client_socket] = client
@@ -369,13 +373,14 @@ class ChatServer:
                 used_until = max(used_until, now - BURST_SECONDS)
                 unused = int((now - used_until) * rate)
                 if batch := lines[: min(unused, MAX_LINES_AT_ONCE)]:
-                    yield from batch
+                    for line in batch:
+                        if client.dropped or closed.is_set():
+                            return
+                        yield line
                     self._say(client)
                     del lines[: len(batch)]
                     used_until += len(batch) / rate
-                else:
-                    closed.wait(THROTTLE_PAUSE_SECONDS)
-                if client.dropped or closed.is_set():
+                elif closed.wait(THROTTLE_PAUSE_SECONDS) or client.dropped:
                     return
                 if lines and _is_gone(client.socket):
                     read_until = min(read_until, now + GONE_SECONDS)
@@ -432,7 +437,7 @@ class ChatServer:
             if self._database:
                 if not secrets.compare_digest(given, self._database.account(name)):
                     raise ProtocolError(f"That is not the password of {name}.")
-                welcome += map(_past, list(self._database.last)[-HISTORY_MESSAGES:])
+                welcome += list(self._database.last)[-HISTORY_MESSAGES:]
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
             self.clients[name] = client.socket
@@ -492,8 +497,9 @@ class ChatServer:
         self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
 
     def _reply(self, client: _Client, line: bytes) -> None:
-        """Send a client a line of its own."""
-        self._submit(_Entry(client, b"", line))
+        """Send a client a line of its own; not to a peer that is gone."""
+        if not client.lost:
+            self._submit(_Entry(client, b"", line))
 
     def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
         """Append an entry once there is room for it, unless the server shuts down.
@@ -542,8 +548,8 @@ class ChatServer:
         if not number.isdecimal() or not int(number):
             raise ProtocolError("Write it like this: /history 50.")
         with self._lock:
-            rows = list(self._database.last)[-int(number) :]
-        for message in [*map(_past, rows)] or ["Nothing has been said yet."]:
+            messages = list(self._database.last)[-int(number) :]
+        for message in messages or ["Nothing has been said yet."]:
             self._reply(client, protocol.notice(message))
 
     def _register(self, client: _Client, _: str) -> None:
@@ -639,7 +645,7 @@ class _Broadcaster(threading.Thread):
 
     def __init__(self, lock: threading.Lock) -> None:
         """lock: the server's."""
-        super().__init__(name="broadcaster")
+        super().__init__(name="broadcaster", daemon=True)
         # The outbox: entries in the one order in which all see them.
         self._lock = lock
         self._has_room = threading.Condition(lock)
@@ -658,6 +664,7 @@ class _Broadcaster(threading.Thread):
         self._rests = False  # an entry is to wake the thread
         self._pass_again = False  # some members had their turn before the last look
         self._pass_at = 0.0  # no pass before then
+        self._taken = 0  # bytes that this pass takes in for slow readers
         self._end_at = FOREVER  # set once the outbox is closed
 
     def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
@@ -676,8 +683,9 @@ class _Broadcaster(threading.Thread):
         """Have an entry sent.  Caller holds the lock.  Never waits."""
         self._outbox.append(entry)
         self._outbox_bytes += entry.size()
-        if self._rests and len(self._outbox) == 1:
+        if self._rests:
             self._selector.wake()
+            self._rests = False
 
     def close_outbox(self) -> None:
         """Let nobody wait for room any longer, and end soon.  Caller holds the lock."""
@@ -713,23 +721,25 @@ class _Broadcaster(threading.Thread):
         A pass looks at the outbox a few times: members whose turn is still to come get
         at once what was said meanwhile, and the others get it in the next pass.
         """
-        taken = self._take_in() if time.monotonic() >= self._pass_at else 0
-        if taken or self._pass_again:
+        if self._outbox and time.monotonic() >= self._pass_at:
+            self._take_in()
+            self._pass_again = True
+        if self._pass_again:
             self._pass_again = False
             clients = [client for client in self._clients if client not in self._slow]
             group = len(clients) // LOOKS_PER_PASS + 1
             for first in range(0, len(clients), group):
                 if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
-                    taken += self._take_in()
+                    self._take_in()
                     self._pass_again = True  # for those that have had their turn
                 self._give_turns(clients[first : first + group])
-        self._mind_slow_readers(taken)
+        self._mind_slow_readers()
 
-    def _take_in(self) -> int:
-        """Move all entries of the outbox to the end of the stream; return their size."""
+    def _take_in(self) -> None:
+        """Move all entries of the outbox to the end of the stream."""
         with self._lock:
             entries, self._outbox = self._outbox, []
-            size, self._outbox_bytes = self._outbox_bytes, 0
+            self._outbox_bytes = 0
             self._has_room.notify()
         for entry in entries:
             client, start = entry.client, self._end
@@ -742,11 +752,13 @@ class _Broadcaster(threading.Thread):
                 place = self._end
             client.faces.append((start, entry.to_self, place))
             client.own_bytes += ENTRY_BYTES + len(entry.to_self)
+            self._taken += len(entry.to_others)
+            if client in self._slow:
+                self._taken += entry.size()
             self._clients[client] = None
             if entry.leaves:
                 seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
                 self._leaving[client] = time.monotonic() + seconds
-        return size
 
     def _give_turns(self, clients: Iterable[_Client]) -> None:
         """Send each client what it has not had, as much as its socket takes at once.
@@ -818,11 +830,11 @@ class _Broadcaster(threading.Thread):
             self._slow[client] = None
             self._selector.register(client.socket, selectors.EVENT_WRITE, client)
 
-    def _mind_slow_readers(self, taken: int) -> None:
+    def _mind_slow_readers(self) -> None:
         """Forget what all members have; drop a client that is too far behind.
 
-        While one is near that, the next pass comes later: in proportion to the size of
-        what this one took in, and to how far beyond half of its limit the client is.
+        While one is near that, the next pass comes later: in proportion to what this one
+        took in for the slow, and to how far beyond half of its limit the client is.
         """
         place, most = self._end, 0
         for client in tuple(self._slow):
@@ -837,9 +849,10 @@ class _Broadcaster(threading.Thread):
         if not self._pass_again:  # all but the slow ones have been sent all
             del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
-        if taken:
-            fullness = min(1.0, taken / MAX_OUTBOX_BYTES)
+        if self._taken:
+            fullness = min(1.0, self._taken / MAX_OUTBOX_BYTES)
             self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure * fullness
+            self._taken = 0
 
     def _drop(self, client: _Client, why: str) -> None:
         client.dropped = f"too slow, {why}"
@@ -1056,9 +1069,11 @@ _SCHEMA = """
 # Of messages, by which we know a file as ours; and what we read of it at the start.
 _COLUMNS = [("id", "INTEGER"), ("at", "REAL"), ("name", "TEXT"), ("text", "TEXT")]
 _READ_COLUMNS = "SELECT name, type FROM pragma_table_info('messages')"
+# (Another program may have written times there that no clock shows.)
 _READ_MESSAGES = """
-    SELECT * FROM messages WHERE at BETWEEN 0 AND 1e11 ORDER BY id DESC LIMIT ?
-"""  # without what another program wrote there and no clock shows
+    SELECT at, name, text FROM messages WHERE at BETWEEN 0 AND 1e11
+    ORDER BY id DESC LIMIT ?
+"""
 _READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
 
 
@@ -1085,9 +1100,11 @@ class Database(Recorder):
         self._lock_file.execute("BEGIN EXCLUSIVE")  # until the end of this process
         file.executescript(_SCHEMA)
         self._status = self._path.stat()
-        # Rows of messages.  The server's lock guards them, as it does their order.
-        last = file.execute(_READ_MESSAGES, [MAX_HISTORY]).fetchall()
-        self.last = deque(reversed(last), MAX_HISTORY)
+        # The last messages as notices show them.  The server's lock guards them, as it
+        # does their order.
+        self.last: deque[str] = deque(maxlen=MAX_HISTORY)
+        for at, name, text in file.execute(_READ_MESSAGES, [MAX_HISTORY]):
+            self.last.appendleft(protocol.clean(f"{_author(at, name)}{text}"))
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
         # In threads of their own, in turn: each thread keeps the 16 MiB that it has used.
@@ -1124,11 +1141,12 @@ class Database(Recorder):
 
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
-        rows = [(None, time.time(), name, text) for text in texts]
-        self.last += rows
+        at = time.time()
+        author = _author(at, name)
+        self.last += [author + text for text in texts]
         with self._changed:
-            self._due -= len(rows)
-            self.put([("messages", row) for row in rows])
+            self._due -= len(texts)
+            self.put([("messages", (None, at, name, text)) for text in texts])
 
     def _write(self, items: list[Any]) -> int:
         """Write the rows up to the next one for another table.
@@ -1199,11 +1217,9 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     )  # fmt: skip
 
 
-def _past(row: Sequence[Any]) -> str:
-    """Return a row of messages as a notice shows it."""
-    _, at, name, text = row
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
-    return protocol.clean(f"[{when}] {name}: {text}")  # others may have written it
+def _author(at: float, name: str) -> str:
+    """Return what stands before a message of the past: its time, and who said it."""
+    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: "
 
 
 def _parse_arguments() -> argparse.Namespace:
