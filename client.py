@@ -43,7 +43,6 @@ from typing import Any, Self
 import protocol
 
 try:
-    import fcntl
     import termios
 
     # All others that we note end the program.
@@ -253,19 +252,13 @@ class ChatClient:
 
     def handle_chat(self, client_socket: socket.socket) -> None:
         """Send what the person types until they leave or the connection is lost."""
+        woken: Fact = lambda: self._end or self._is_asked()
         while not self._end:
-            try:
-                if secret := self._is_asked():
-                    text = self._terminal.ask(PASSWORD, lambda: self._end)
-                else:
-                    woken: Fact = lambda: self._end or self._is_asked()
-                    text = self._terminal.ask(MESSAGE, woken)
-            except Leave:
-                self._leaving = True
-                with suppress(ConnectionLost):  # then nobody is there to be told
-                    self._send("q")
-                raise
-            (self._send if secret else self._say)(text)
+            if self._is_asked():
+                self._answer = ""  # lest the same question wake its own answer
+                self._send(self._terminal.ask(PASSWORD, woken))
+            else:
+                self._say(self._terminal.ask(MESSAGE, woken))
         if half_typed := self._terminal.draft.text:
             self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
         raise self._end
@@ -326,11 +319,10 @@ class ChatClient:
             raise self._end or ConnectionLost(protocol.reason_of(error)) from None
 
     def _wait(self, fact: Fact, writable: Sequence[socket.socket] = ()) -> None:
-        """Wait until this is so.
+        """Wait until this is so, for LEAVE_SECONDS once the person wants to leave.
 
         It is looked at after every wake(), and whenever one of `writable` takes more.
-        While the person wants to leave, LEAVE_SECONDS without such progress raise
-        ServerHangs.
+        Raises ServerHangs.
         """
         # What came from a pipe is delivered, however long that takes.
         piped = self._joined and not self._terminal.person
@@ -343,8 +335,7 @@ class ChatClient:
                 deadline = min(deadline, now + LEAVE_SECONDS)
             if now >= deadline:
                 raise ServerHangs
-            if self._terminal.watch(deadline - now, writable):
-                deadline = FOR_EVER
+            self._terminal.watch(deadline - now, writable)
 
     def _leave(self, leave: BaseException) -> None:
         """Say goodbye, and wait until the server has read all and closes."""
@@ -353,16 +344,13 @@ class ChatClient:
         if isinstance(leave, KeyboardInterrupt):
             self._status = INTERRUPTED
         if self._joined and not isinstance(leave, ServerHangs):
-            with suppress(OSError):  # the server was quicker
-                self._socket.shutdown(socket.SHUT_WR)
-            untaken = _untaken_bytes(self._socket)
             try:
-                while not self._end:
-                    with suppress(ServerHangs):
-                        self._wait(lambda: self._end)
-                    before, untaken = untaken, _untaken_bytes(self._socket)
-                    if not 1 < untaken < before:  # the end of our side counts as one
-                        break
+                with suppress(ConnectionLost, ServerHangs):
+                    if isinstance(leave, Leave):  # else a line may be half sent
+                        self._send("q")
+                    with suppress(OSError):  # the server was quicker
+                        self._socket.shutdown(socket.SHUT_WR)
+                    self._wait(lambda: self._end)
             except KeyboardInterrupt:
                 self._status = INTERRUPTED
         if self._joined and not self._end:
@@ -419,15 +407,6 @@ class ChatClient:
             self._joined = mark == "*"
             self._answer = line
         return True
-
-
-def _untaken_bytes(client_socket: socket.socket) -> int:
-    """Return how much the server's side has not taken yet, as far as the system tells."""
-    if termios:
-        with suppress(OSError):  # the connection has ended
-            answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
-            return int.from_bytes(answer, sys.byteorder)
-    return 0
 
 
 # The local modes that are off while we get key by key (Ctrl-C and Ctrl-Z stay signals),
@@ -608,8 +587,8 @@ class Terminal:
                 self._read_keyboard()
         return (self._pasted or self._ahead).popleft()
 
-    def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> bool:
-        """Wait for keys, a wake-up or a signal, and take them; tell if one can write now.
+    def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> None:
+        """Wait for keys, a wake-up or a signal, and take them, or until one can write.
 
         Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
         """
@@ -619,7 +598,7 @@ class Terminal:
         if self._reader.pasting:
             seconds = min(seconds, self._read_at + PASTE_SECONDS - time.monotonic())
         timeout = max(0.0, min(seconds, A_DAY))
-        readable, ready, _ = select.select(inputs, writable, [], timeout)
+        readable = select.select(inputs, writable, [], timeout)[0]
         if self._woken in readable:
             self._woken.recv(READ_BYTES)
         # Before reading, and then not at once: Ctrl-C and Ctrl-Z empty the system's buffer.
@@ -629,7 +608,6 @@ class Terminal:
             self._read_keyboard()
         elif self._reader.pasting and time.monotonic() >= self._read_at + PASTE_SECONDS:
             self._ahead += self._reader.feed(_PASTE_END.encode())  # its end got lost
-        return ready != []
 
     def _read_keyboard(self) -> bool:
         """Take what is typed; return whether there was anything."""

@@ -1629,8 +1629,8 @@ def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) ->
     [
         ("/register", "/registers is no command.", [PASSWORD, "q"]),
         ("/register", "That line is longer than 4096 bytes.", [PASSWORD, "q"]),
-        ("/register", "/register is no command.", []),
-        ("/register " + "x" * 4096, "That line is longer than 4096 bytes.", []),
+        ("/register", "/register is no command.", ["q"]),
+        ("/register " + "x" * 4096, "That line is longer than 4096 bytes.", ["q"]),
     ],
     ids=["an earlier line", "an earlier long one", "the command", "its line"],
 )
@@ -1642,12 +1642,12 @@ def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
     assert caller.lines(2)[0] == "/foo"
 
     caller.say(f"! {refused}")
-    if heard:
+    if PASSWORD in heard:
         caller.say(ASKED)
 
     assert caller.rest() == heard
     caller.close()
     ended, output = piped.end()
-    assert ended == (0 if heard else 1)
-    assert ("Password: " in output) == (heard != [])
+    assert ended == (0 if PASSWORD in heard else 1)
+    assert ("Password: " in output) == (PASSWORD in heard)
     assert PASSWORD not in "\n".join(output)
