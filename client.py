@@ -265,18 +265,12 @@ class ChatClient:
 
     def _say(self, text: str) -> None:
         """Send a line; if a password is to follow it, wait until that is asked for."""
-        # As it is: cleaned it may be longer than a line may be.
         command, _ = protocol.split_command(protocol.clean(text))
         try:
             if command == SECRET_COMMAND:
-                # Not for the refusal of an earlier line: our server names the command,
-                # or says what is wrong with the line as decode_message says it.
-                reason = f"{command} "
-                try:
-                    protocol.decode_message(protocol.encode_line(text)[:-1])
-                except protocol.ProtocolError as error:
-                    reason = str(error)
-                self._exchange(text, about=(f"! {reason}",))
+                # Alone: the rest means nothing, and could be refused itself.  And not
+                # for the refusal of an earlier line: our server names the command.
+                self._exchange(command, refusal=f"! {command} ")
             elif text.strip():
                 self._send(text)
         except ConnectionLost:
@@ -292,10 +286,10 @@ class ChatClient:
     def _is_asked(self) -> bool:
         return self._answer.startswith("? ")
 
-    def _exchange(self, text: str, about: tuple[str, ...] = ("* ", "! ")) -> None:
-        """Send a line; wait for a question, or an answer that begins like `about`."""
+    def _exchange(self, text: str, refusal: str = "! ") -> None:
+        """Send a line, and wait for its answer; a refusal is one that begins so."""
         self._send(text)
-        told: Fact = lambda: self._answer.startswith(("? ", *about))
+        told: Fact = lambda: self._answer.startswith(("* ", "? ", refusal))
         self._wait(lambda: told() or self._end)
         if self._end and not told():
             raise self._end

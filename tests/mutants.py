@@ -429,8 +429,8 @@ password-typed-ahead-said: test_password_in_the_chat_is_hidden
 -             self._terminal.forget_typed()  # the
 +             pass  # the
 earlier-refusal-taken-for-the-answer: test_piped_password_is_said
-- self._exchange(text, about=(f"! {reason}",))
-+ self._exchange(text)
+- self._exchange(command, refusal=f"! {command} ")
++ self._exchange(command)
 pasted-q-without-blank: test_pasted_q_is_text
 - return f"{line.text} " if leaves else line.text
 + return line.text

@@ -1562,7 +1562,7 @@ def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
     assert alex.screen.rows.count("You: half") == 1
     alex.type(f"{UP * 2} a line{ENTER}")
 
-    assert caller.line() == "/register a line"
+    assert caller.line() == "/register"
     assert PASSWORD not in alex.output
 
 
@@ -1630,7 +1630,7 @@ def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) ->
         ("/register", "/registers is no command.", [PASSWORD, "q"]),
         ("/register", "That line is longer than 4096 bytes.", [PASSWORD, "q"]),
         ("/register", "/register is no command.", ["q"]),
-        ("/register " + "x" * 4096, "That line is longer than 4096 bytes.", ["q"]),
+        ("/register " + "x" * 4096, "/register is no command.", ["q"]),
     ],
     ids=["an earlier line", "an earlier long one", "the command", "its line"],
 )
