@@ -95,7 +95,11 @@ def client_program() -> int:
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-    options = _parse_arguments()
+    flags = protocol.CommandLine("Join a chat room over plain TCP.")
+    flags.add_address("the server's name or address", 1, "the server's TCP port")
+    flags.add_argument("--times", action="store_true", help="show when each line came")
+    flags.add_argument("--bell", action="store_true", help="ring for what is for you")
+    options = flags.parse_args()
     terminal = None
     try:
         terminal = Terminal(options)
@@ -109,14 +113,6 @@ def client_program() -> int:
         return 1
     with terminal:
         return client.run()
-
-
-def _parse_arguments() -> argparse.Namespace:
-    flags = protocol.CommandLine("Join a chat room over plain TCP.")
-    flags.add_address("the server's name or address", 1, "the server's TCP port")
-    flags.add_argument("--times", action="store_true", help="show when each line came")
-    flags.add_argument("--bell", action="store_true", help="ring for what is for you")
-    return flags.parse_args()
 
 
 def _explain(error: Exception) -> str:
@@ -442,7 +438,6 @@ class Terminal:
         dumb = os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
         self._edits = self._modes != [] and not dumb
         self._off = _EDITED if self._edits else 0  # of the local modes
-        self._brackets = False  # the terminal puts them around a paste
         self._colours = self._edits and not os.environ.get("NO_COLOR")
         # Guards the screen and what stands on it.  Held while writing to it.
         self.lock = threading.RLock()
@@ -720,13 +715,9 @@ class Terminal:
         with suppress(termios.error):  # the terminal has been closed
             # At once: output that is paused must not hold this up.
             termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
-        wanted = self._edits and off != 0
-        if wanted == self._brackets:
-            return True
         # A signal handler may be here because the screen takes nothing any more.
-        if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
-            self._write("\x1b[?2004h" if wanted else "\x1b[?2004l")
-            self._brackets = wanted
+        if self._edits and select.select([], [self._screen], [], QUIET_SECONDS)[1]:
+            self._write("\x1b[?2004h" if off else "\x1b[?2004l")  # brackets
         return True
 
     def know_name(self, name: str) -> None:
@@ -754,15 +745,14 @@ class Terminal:
         rings = private or name and self._mention.search(text)
         bell = "\a" if rings and self._options.bell and sys.stdout.isatty() else ""
         now = time.strftime("%H:%M ") if self._options.times else ""
-        if not self._colours:
-            return f"{bell}{now}{line}"
-        said = text if mark else self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
-        if mark or private:
-            style = _STYLES[mark or "private"]
-            line = f"\x1b[{style}m{line.removesuffix(text)}{said}\x1b[m"
-        elif name:
-            colour = _NAME_COLOURS[sum(name.encode()) % len(_NAME_COLOURS)]
-            line = f"\x1b[{colour}m{name}\x1b[m: {said}"
+        if self._colours:
+            said = text if mark else self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
+            if mark or private:
+                style = _STYLES[mark or "private"]
+                line = f"\x1b[{style}m{line.removesuffix(text)}{said}\x1b[m"
+            elif name:
+                colour = _NAME_COLOURS[sum(name.encode()) % len(_NAME_COLOURS)]
+                line = f"\x1b[{colour}m{name}\x1b[m: {said}"
         return f"{bell}{now}{line}"
 
     def _end_line(self, *, entered: bool = False, stays: bool = True) -> None:
@@ -798,24 +788,21 @@ class Terminal:
             return
         columns, rows = self._size()
         line = Line() if self._prompt == PASSWORD else self._line
-        before, after = _window(
-            self._prompt + line.before, line.after, columns, max(1, rows - 1)
-        )
+        before, after = _window(self._prompt + line.before, line.after, columns, rows)
         places = _places(before + after, columns)
         (end_row, end_column), (row, column) = places[-1], places[len(before)]
-        self._write(
-            f"{self._erase()}{above}{before}{after}"
-            # A row that is exactly full: makes the terminal really go to the next one.
-            + (" \r" if end_row and not end_column else "")
-            + f"\r{_move(end_row - row, 'A')}{_move(column, 'C')}"
-        )
+        # Of a row that is exactly full the terminal has to be pushed to the next one.
+        wrap = " \r" if end_row and not end_column else ""
+        back = f"\r{_move(end_row - row, 'A')}{_move(column, 'C')}"
+        self._write(f"{self._erase()}{above}{before}{after}{wrap}{back}")
         self._shown = (before, after)
 
     def _size(self) -> tuple[int, int]:
+        """Return the columns of the screen, and the rows that a line may fill."""
         columns = rows = 0
         with suppress(OSError):  # the terminal has been closed
             columns, rows = os.get_terminal_size(self._screen)
-        return columns or 80, rows or 24
+        return columns or 80, max(1, (rows or 24) - 1)
 
     def _write(self, text: str) -> None:
         # Past sys.stdout, whose flush at exit would wait for a pipe that is full.
@@ -915,12 +902,9 @@ class Line:
         stem = self.before.rpartition(" ")[2]
         if self._fitting is None:
             key, start = protocol.name_key, protocol.name_key(stem)
-            fitting = [name for name in names if key(name).startswith(start)]
-            if not fitting:
-                self.before += protocol.clean("\t")
-                return
-            self._fitting = cycle(fitting)
-        self.before = self.before.removesuffix(stem) + next(self._fitting)
+            self._fitting = cycle([n for n in names if key(n).startswith(start)])
+        no_name = stem + protocol.clean("\t")
+        self.before = self.before.removesuffix(stem) + next(self._fitting, no_name)
 
 
 # Where a key takes the cursor, to the left (by is negative) or to the right.  A character

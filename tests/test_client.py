@@ -1495,8 +1495,8 @@ def test_paste_that_goes_on_after_the_end_is_not_left_for_the_shell(
     puppet.join(alex)
     alex.type(f"q{ENTER}\x1b[200~one{ENTER}")
     alex.wait_for("Connection closed.")
-
-    assert alex.is_silent(0.2)  # the terminal is still taking its time
+    # The terminal is still taking its time, and the client waits for it.
+    alex.wait_until(lambda: alex.is_silent(0.2) and alex.screen.takes_pastes)
     alex.type(f"two{ENTER}" * 1000 + "\x1b[201~")
 
     assert alex.end() == 0
