@@ -35,7 +35,7 @@ import time
 import unicodedata
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
 from typing import Any, Self
@@ -449,12 +449,11 @@ class Terminal:
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
         self._reader = KeyReader() if self._edits else LineReader()
-        # Keys (or lines) are used in this order: the lines that a paste was cut into,
-        # then what came from the keyboard.  Lines that wait for the y of "Send N lines?"
-        # are in neither.
+        # What ask() goes on with: first the pasted lines that are still to be said, then
+        # the keys (or lines) that are typed ahead.
         self._pasted: deque[str] = deque()
         self._ahead: deque[str] = deque()
-        self._unconfirmed: list[str] = []
+        self._unconfirmed: list[str] = []  # wait for the y of "Send N lines?"
         self._input_ended = False
         self._read_at = 0.0  # when a key came last
         # For the main thread's attention: wake(), and signals.
@@ -494,36 +493,37 @@ class Terminal:
         try:
             if _WINDOWS and prompt == PASSWORD:
                 return getpass.getpass("")
-            while key := self._next(until):
+            while not self._pasted:
+                if not (key := self._next(until)):
+                    self._line = Line()  # something else comes before it is sent
+                    return ""
                 if not self._edits:
                     self._line.before, key = key.removesuffix("\n"), "\n"
                 if key in _ENTERS or key == "\x04" and not self._line.text:
                     return self._answer(key)
                 with self.lock:
                     self._edit(key)
-            self._end_line(stays=False)  # something else comes before it is sent
-            return ""
+            self._line = Line(self._pasted.popleft())
+            return self._answer("\r")
         finally:
             self._end_line()
 
     def _answer(self, key: str) -> str:
         """Return the line that this key ends.  Raises Leave if the person leaves."""
-        line, prompt, rest = self._line, self._prompt, ""
-        if key == _PASTED_ENTER:  # what is behind the cursor comes in the last line
-            rest, line.after = line.after, ""
+        line, prompt = self._line, self._prompt
         self._end_line(entered=key != "\x04")
         if self._unconfirmed:
             if line.text.strip().lower() in ("y", "yes"):
-                self._queue_pasted(self._unconfirmed)
+                self._pasted += self._unconfirmed
+                self.draft.before = ""
             return ""
         leaves = _is_quit(line.text)
         if key == "\x04" or leaves and not line.is_text:
             raise Leave
-        if prompt == MESSAGE:
-            if self._edits and line.text.strip():
-                self._sent.append(line.text)
-            self.draft = Line(self._sent)
-            self.draft.after = rest
+        if prompt == MESSAGE and self._edits and line.text.strip():
+            self._sent.append(line.text)
+        if line is self.draft:
+            self.draft = Line(earlier=self._sent)
         # With a blank behind it a q is a message.
         return f"{line.text} " if leaves else line.text
 
@@ -539,7 +539,7 @@ class Terminal:
             self._paste(key.removeprefix(_PASTED))
         else:
             self._line.edit(key)
-        if not (self._pasted or self._ahead):  # of many keys draw the last only
+        if not self._ahead:  # of many keys draw the last only
             self._draw()
 
     def _paste(self, text: str) -> None:
@@ -549,24 +549,17 @@ class Terminal:
         if self._prompt != MESSAGE:  # where the other lines are of no use
             return
         self._line.is_text = True
-        lines = [self._line.before, *more]
-        count = sum(line.strip() != "" for line in lines)
-        if count > MAX_PASTED_LINES:
-            self._unconfirmed, self._line = [*lines, ""], Line()
-            self._prompt = f"Send {count} lines? [y/N] "
+        lines = [line for line in (self._line.before, *more) if line.strip()]
+        if len(lines) > MAX_PASTED_LINES:
+            self._unconfirmed, self._line = lines, Line()
+            self._prompt = f"Send {len(lines)} lines? [y/N] "
         elif more:
-            self._queue_pasted(lines)
-
-    def _queue_pasted(self, lines: list[str]) -> None:
-        """Let these be typed next; the last one is not ended yet."""
-        self.draft.before = ""
-        for line in lines[:-1]:
-            self._pasted += [_PASTED + line, _PASTED_ENTER] if line.strip() else []
-        self._pasted.append(_PASTED + lines[-1])
+            self._line.before = more[-1]  # which is not ended yet
+            self._pasted += lines[:-1] if more[-1].strip() else lines
 
     def _next(self, until: Fact) -> str:
         """Return the next key or line; "" if woken.  The end of input is a Leave."""
-        while not (self._pasted or self._ahead):
+        while not self._ahead:
             if until():  # what was typed before has been used by now
                 return ""
             if self._input_ended:
@@ -574,7 +567,7 @@ class Terminal:
             self.watch(0 if _WINDOWS else A_DAY)
             if _WINDOWS:  # where select() takes sockets only
                 self._read_keyboard()
-        return (self._pasted or self._ahead).popleft()
+        return self._ahead.popleft()
 
     def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> None:
         """Wait for keys, a wake-up or a signal, and take them, or until one can write.
@@ -642,8 +635,8 @@ class Terminal:
         self._drain_keyboard()
         if self.wants_to_leave():
             raise Leave
-        # Of those that are asked about, the first is in the editor; the last is "".
-        unsent = self._pasted.count(_PASTED_ENTER) + len(self._unconfirmed[1:-1])
+        # Of those that are asked about, the first is in the editor.
+        unsent = len(self._pasted) + len(self._unconfirmed[1:])
         self._pasted.clear()
         self._ahead.clear()
         return unsent
@@ -683,16 +676,15 @@ class Terminal:
                 sys.exit(128 + number)
             # In the middle of a paste the shell would get, and run, the rest.
             if number == signal.SIGTSTP and not self._reader.pasting:
-                prompt = self._prompt
-                self._end_line()
-                self._prompt = prompt
+                with self.lock:
+                    self._write(self._erase())
                 self._set_modes(0)
                 handler = signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)  # returns when the shell says fg
                 signal.signal(number, handler)
             self._set_modes(self._off)
             with self.lock:
-                if self._prompt and (self._edits or not self._shown[0]):
+                if self._edits or not self._shown[0]:
                     self._draw()
 
     def restore(self) -> None:
@@ -729,11 +721,8 @@ class Terminal:
         """Show whole lines, our own or received ones, above the one being typed."""
         paint = self._paint if received else protocol.clean
         with self.lock:
-            text = "".join([f"{paint(line)}\n" for line in lines])
-            if text and self._prompt:
-                self._draw(text)
-            else:
-                self._write(text)
+            if lines:
+                self._draw("".join([f"{paint(line)}\n" for line in lines]))
 
     def _paint(self, line: str) -> str:
         """Return a line from the server as it is shown, with what the flags ask for."""
@@ -755,24 +744,21 @@ class Terminal:
                 line = f"\x1b[{colour}m{name}\x1b[m: {said}"
         return f"{bell}{now}{line}"
 
-    def _end_line(self, *, entered: bool = False, stays: bool = True) -> None:
+    def _end_line(self, *, entered: bool = False) -> None:
         """Let the line stay, whole, and go on below it; again does nothing."""
         with self.lock:
-            if not self._prompt:
-                return
-            hidden = self._prompt == PASSWORD
-            if stays and self._edits or entered and not self.person:
-                text = "" if hidden else protocol.clean(self._line.text)
+            text = "" if self._prompt == PASSWORD else protocol.clean(self._line.text)
+            if (entered or text) and (self._edits or not self.person):
                 self._write(f"{self._erase()}{self._prompt}{text}\n")
-            elif hidden or not entered:  # else the system has shown the Enter
-                self._write(self._erase())
-            self._prompt, self._shown = "", ("", "")
+            elif not entered or self._prompt == PASSWORD:
+                self._write(self._erase())  # else the system has shown the Enter
+            self._prompt, self._line, self._shown = "", Line(), ("", "")
 
     def _erase(self) -> str:
         """Return what clears prompt and line from the screen.  Caller holds the lock."""
         before, after = self._shown
         self._shown = ("", "")
-        if not self._edits:
+        if not (self._edits and before + after):
             return "\n" if before else ""
         up = _places(before + after, self._size()[0])[len(before)][0]
         # Not from the first cell: at the top of the screen tmux would take that for
@@ -865,12 +851,13 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
 class Line:
     """What is typed at a prompt, before and after the cursor, and how keys change it."""
 
-    def __init__(self, earlier: Iterable[str] = ()) -> None:
+    def __init__(self, pasted: str = "", earlier: Sequence[str] = ()) -> None:
         """earlier: what Up goes through, the latest last."""
-        self.before = self.after = ""
-        self.is_text = False  # a q in it too: pasted or recalled just now
-        self._drafts = [*earlier, ""]
-        self._recalled = len(self._drafts) - 1
+        self.before, self.after = pasted, ""
+        self.is_text = pasted != ""  # a q in it too: pasted or recalled just now
+        self._earlier = earlier
+        self._drafts: list[str] = []  # a copy of it and this line, once Up is pressed
+        self._recalled = -1  # in the copy
         self._fitting: Iterator[str] | None = None  # names, for Tab once more
 
     @property
@@ -887,11 +874,12 @@ class Line:
             self.before = text[: min(start, end) if cuts else end]
             self.after = text[max(start, end) if cuts else end :]
         elif key in _RECALLS:
+            self._drafts = self._drafts or [*self._earlier, ""]
             self._drafts[self._recalled] = text
             recalled = self._recalled + _RECALLS[key]
-            self._recalled = min(max(0, recalled), len(self._drafts) - 1)
+            self._recalled = min(max(-len(self._drafts), recalled), -1)
             self.before, self.after = self._drafts[self._recalled], ""
-            self.is_text = self._recalled < len(self._drafts) - 1
+            self.is_text = self._recalled < -1
         elif key >= " " and key[0] != "\x1b":
             self.before += protocol.clean(key)
 
@@ -949,8 +937,7 @@ _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1
 
 # Around what is pasted.  A key that begins so stands for a whole paste.
 _PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
-_PASTED_ENTER = f"{_PASTED}\r"
-_ENTERS = ("\r", "\n", _PASTED_ENTER)
+_ENTERS = ("\r", "\n")
 # One key: a paste (before which a person may have pressed Escape), an escape sequence
 # (also one that breaks off), Alt and a character, or a character.  What matches none of
 # them is the beginning of a paste or of a sequence.
