@@ -448,7 +448,7 @@ class Terminal:
         self._sent: deque[str] = deque(maxlen=REMEMBERED)
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
-        self._reader = KeyReader() if self._edits else LineReader()
+        self._reader = KeyReader(self._edits)
         # What ask() goes on with: first the pasted lines that are still to be said, then
         # the keys (or lines) that are typed ahead.
         self._pasted: deque[str] = deque()
@@ -498,7 +498,8 @@ class Terminal:
                     self._line = Line()  # something else comes before it is sent
                     return ""
                 if not self._edits:
-                    self._line.before, key = key.removesuffix("\n"), "\n"
+                    self._line.before = key.removesuffix("\n").removesuffix("\r")
+                    key = "\n"
                 if key in _ENTERS or key == "\x04" and not self._line.text:
                     return self._answer(key)
                 with self.lock:
@@ -610,7 +611,7 @@ class Terminal:
         line = Line()
         for key in self._ahead:
             if not self._edits:
-                line.before, key = key.removesuffix("\n"), "\n"
+                line.before, key = key, "\n"
             elif key.startswith(_PASTED):
                 line.before += key  # as text: a q in it does not leave
             if key in _ENTERS and _is_quit(line.text):
@@ -654,7 +655,7 @@ class Terminal:
                 typed = select.select([self._keyboard], [], [], pause)[0]
                 if not (typed and self._read_keyboard()):
                     break
-            self._reader = type(self._reader)()
+            self._reader = KeyReader(self._edits)
             self._set_modes(self._off)
 
     def _note_signal(self, number: int, _: object) -> None:
@@ -947,45 +948,38 @@ _KEY = re.compile(
     r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b])",
     re.DOTALL,
 )
+_LINE = re.compile(r"[^\n]*\n")
 
 
 class KeyReader:
-    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key."""
+    """Cuts what a keyboard or a pipe sends into keys, in bounded memory.
 
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
+    A paste is one key.  Where the system edits the lines, each is one, with its newline.
+    """
+
+    def __init__(self, edits: bool) -> None:
+        self._edits = edits
+        errors = "replace" if edits else "surrogateescape"
+        self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)(errors)
         self._rest = ""  # the beginning of a key
         self.pasting = False  # the end of a paste is still to come
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Add what was read and return the keys that it completes."""
-        self._rest += self._decoder.decode(chunk)
-        keys, place = [], 0
-        while match := _KEY.match(self._rest, place):
-            keys.append(match[0] if match[1] is None else _PASTED + match[1])
+        """Add what was read, nothing at the end of input; return the keys it completes."""
+        self._rest += self._decoder.decode(chunk, final=not chunk)
+        if self._rest and not (chunk or self._edits):
+            self._rest += "\n"  # the last line counts
+        key, keys, place = _KEY if self._edits else _LINE, [], 0
+        while match := key.match(self._rest, place):
+            keys.append(_PASTED + match[1] if match.lastindex else match[0])
             place = match.end()
         self._rest = self._rest[place:]
-        self.pasting = self._rest.lstrip("\x1b").startswith(_PASTED[1:])
+        began = self._rest.lstrip("\x1b").startswith(_PASTED[1:])
+        self.pasting = self._edits and began
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
         if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:
             self._rest = self._rest[:MAX_TYPED_CHARS] + self._rest[-len(_PASTE_END) :]
         return keys
-
-
-class LineReader:
-    """Cuts what comes from a pipe or a plain terminal into lines, with their newlines."""
-
-    pasting = False  # nobody can know
-
-    def __init__(self) -> None:
-        # One over the limit is as good as any more: the server refuses it.
-        self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-
-    def feed(self, chunk: bytes) -> list[str]:
-        """Add what was read, nothing at the end of input, and return complete lines."""
-        lines = self._splitter.feed(chunk or b"\n")  # the last line counts
-        texts = [str(line, protocol.ENCODING, "surrogateescape") for line in lines]
-        return [f"{text}\n" for text in texts if chunk or text]
 
 
 if __name__ == "__main__":
