@@ -231,9 +231,10 @@ class ChatClient:
         """Connect again if the server has ended a connection that nobody used."""
         # Whatever has arrived is heard first: a refusal from before is no answer to the
         # name.  At its end the socket stays readable.
-        self._wait(lambda: self._end or not self._has_unheard())
-        if self._full:
-            raise ConnectionLost(CLOSED)
+        self._wait(lambda: self._end or not select.select([self._socket], [], [], 0)[0])
+        with self._terminal.lock:  # what the receiver has taken, it hears under it
+            if self._full:
+                raise ConnectionLost(CLOSED)
         if self._end:
             self._hang_up()
             try:
@@ -241,10 +242,6 @@ class ChatClient:
             except (OSError, RuntimeError) as error:
                 self._end = ConnectionLost(protocol.reason_of(error))
                 raise self._end from None
-
-    def _has_unheard(self) -> bool:
-        with self._terminal.lock:  # the receiver takes, and hears, under it
-            return select.select([self._socket], [], [], 0)[0] != []
 
     def handle_chat(self, client_socket: socket.socket) -> None:
         """Send what the person types until they leave or the connection is lost."""
@@ -608,11 +605,11 @@ class Terminal:
         """Tell whether the person has asked to leave in what is typed ahead."""
         if not self.person:  # what is in a pipe is used up first
             return self._input_ended and not self._ahead
+        if not self._edits:
+            return self._input_ended or any(map(_is_quit, self._ahead))
         line = Line()
         for key in self._ahead:
-            if not self._edits:
-                line.before, key = key, "\n"
-            elif key.startswith(_PASTED):
+            if key.startswith(_PASTED):
                 line.before += key  # as text: a q in it does not leave
             if key in _ENTERS and _is_quit(line.text):
                 return True
@@ -649,12 +646,11 @@ class Terminal:
         been emptied.
         """
         if self._set_modes(_EDITED):
-            deadline = time.monotonic() + LEAVE_SECONDS  # if a key is held down
-            while self._reader.pasting or time.monotonic() < deadline:
+            typed = True
+            while typed:
                 pause = PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
-                typed = select.select([self._keyboard], [], [], pause)[0]
-                if not (typed and self._read_keyboard()):
-                    break
+                came = select.select([self._keyboard], [], [], pause)[0]
+                typed = came != [] and self._read_keyboard()
             self._reader = KeyReader(self._edits)
             self._set_modes(self._off)
 
