@@ -38,7 +38,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
-from typing import Any, Self
+from typing import Self
 
 import protocol
 
@@ -51,8 +51,7 @@ except ImportError:  # Windows
     termios, _JOB_SIGNALS = None, ()  # type: ignore[assignment]
 
 CONNECT_SECONDS = 10.0
-RECONNECT_SECONDS = 3.0  # the keyboard is not read meanwhile
-LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
+LEAVE_SECONDS = 3.0  # that a hanging server, or connecting again, holds up the leaving
 READ_BYTES = 65536  # at once
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
 A_DAY = 86400.0  # in a wait for ever: to wake without a reason is no harm
@@ -81,8 +80,8 @@ class Leave(Exception):
     """The person leaves; str() of it is what to say then, if it is not the usual."""
 
 
-class ServerHangs(Leave):
-    """They leave, and the server has not gone on within LEAVE_SECONDS."""
+class LeaveAtOnce(Leave):
+    """They leave in the middle of a line: with Ctrl-C, or as the server hangs."""
 
 
 class ConnectionLost(Exception):
@@ -90,7 +89,7 @@ class ConnectionLost(Exception):
 
 
 def client_program() -> int:
-    """Run the client; return its exit status."""
+    """Run the client; return its exit status, or exit if there is no connection."""
     # What was closed before the start is opened, so that no socket takes its number.
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
@@ -108,9 +107,7 @@ def client_program() -> int:
         if terminal:
             terminal.restore()  # what was typed meanwhile is not for the shell
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
-        reason = _explain(error)
-        print(f"client.py: cannot connect to {where}: {reason}", file=sys.stderr)
-        return 1
+        sys.exit(f"client.py: cannot connect to {where}: {_explain(error)}")
     with terminal:
         return client.run()
 
@@ -140,7 +137,8 @@ class ChatClient:
         self._terminal = terminal
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now
-        self._leaving = False
+        self._hurries = False  # leaving, and does not wait for a server that hangs
+        self._deadline = FOR_EVER  # until which it is waited for
         self._connect(CONNECT_SECONDS)
 
     def _connect(self, seconds: float) -> None:
@@ -157,9 +155,8 @@ class ChatClient:
         # nothing.  What it says before the first line is no answer, and passed over: so
         # this begins as if something had been answered.
         self._answer = "! Nothing was asked."
-        self._receiver = threading.Thread(
-            target=self.receive_messages, args=(self._socket,), name="receiver"
-        )
+        args = (self._socket,)
+        self._receiver = threading.Thread(target=self.receive_messages, args=args)
         self._receiver.start()
 
     def run(self) -> int:
@@ -167,11 +164,11 @@ class ChatClient:
         try:
             self._terminal.show("Connected to server.")
             self._stay()
-        except (Leave, KeyboardInterrupt) as leave:
+        except Leave as leave:
             self._leave(leave)
         finally:
             self._hang_up()
-        return self._status
+        return INTERRUPTED if self._terminal.ending else self._status
 
     def _stay(self) -> None:
         """Go through menu, name and chat until the person leaves, or nobody can go on."""
@@ -184,15 +181,12 @@ class ChatClient:
             except ConnectionLost as lost:
                 self._status = 1
                 self._hang_up()
-                if self._full:
-                    self._terminal.show(self._full, received=True)
-                    return
-                self._terminal.show(f"Connection lost: {lost}.")
-                if not self._terminal.person:
+                reason = self._full or f"Connection lost: {lost}."
+                self._terminal.show(reason, received=self._full != "")
+                if self._full or not self._terminal.person:
                     return
                 # It was meant for the chat, and would be taken for answers.
-                if unsent := self._terminal.forget_typed():
-                    self._terminal.show(f"Pasted lines that were not sent: {unsent}.")
+                self._terminal.forget_typed()
 
     def menu(self) -> str:
         """Show the menu until one of CHOICES is chosen."""
@@ -238,7 +232,7 @@ class ChatClient:
         if self._end:
             self._hang_up()
             try:
-                self._connect(RECONNECT_SECONDS)
+                self._connect(LEAVE_SECONDS)  # the keyboard is not read meanwhile
             except (OSError, RuntimeError) as error:
                 self._end = ConnectionLost(protocol.reason_of(error))
                 raise self._end from None
@@ -282,10 +276,7 @@ class ChatClient:
     def _exchange(self, text: str, refusal: str = "! ") -> None:
         """Send a line, and wait for its answer; a refusal is one that begins so."""
         self._send(text)
-        told: Fact = lambda: self._answer.startswith(("* ", "? ", refusal))
-        self._wait(lambda: told() or self._end)
-        if self._end and not told():
-            raise self._end
+        self._wait(lambda: self._answer.startswith(("* ", "? ", refusal)))
 
     def _send(self, text: str) -> None:
         """Send a line."""
@@ -300,46 +291,42 @@ class ChatClient:
 
         try:
             self._wait(is_sent, [self._socket])
-        except OSError as error:
-            # The receiver says why, once it has shown all that had arrived.
-            self._wait(lambda: self._end)
-            raise self._end or ConnectionLost(protocol.reason_of(error)) from None
+        except OSError:
+            self._wait()  # the receiver says why, once all that had arrived is shown
 
-    def _wait(self, fact: Fact, writable: Sequence[socket.socket] = ()) -> None:
-        """Wait until this is so, for LEAVE_SECONDS once the person wants to leave.
+    def _wait(
+        self, fact: Fact = lambda: False, writable: Sequence[socket.socket] = ()
+    ) -> None:
+        """Wait until this is so.  Raises ConnectionLost if the connection ends first.
 
         It is looked at after every wake(), and whenever one of `writable` takes more.
-        Raises ServerHangs.
+        Raises LeaveAtOnce if that takes LEAVE_SECONDS while the person wants to leave.
         """
         # What came from a pipe is delivered, however long that takes.
         piped = self._joined and not self._terminal.person
-        patient = piped and self._status != INTERRUPTED
-        deadline = FOR_EVER
         self._terminal.heed_signals()  # also if there is nothing to wait for
         while not fact():
+            if self._end:
+                raise self._end
             now = time.monotonic()
-            if not patient and (self._leaving or self._terminal.wants_to_leave()):
-                deadline = min(deadline, now + LEAVE_SECONDS)
-            if now >= deadline:
-                raise ServerHangs
-            self._terminal.watch(deadline - now, writable)
+            if self._hurries or not piped and self._terminal.wants_to_leave():
+                self._deadline = min(self._deadline, now + LEAVE_SECONDS)
+            if now >= self._deadline:
+                raise LeaveAtOnce
+            self._terminal.watch(self._deadline - now, writable)
+        self._deadline = FOR_EVER
 
-    def _leave(self, leave: BaseException) -> None:
+    def _leave(self, leave: Leave) -> None:
         """Say goodbye, and wait until the server has read all and closes."""
-        self._leaving = True
+        self._hurries = self._terminal.person or self._terminal.ending
         self._terminal.show(str(leave) or "Leaving the chat...")
-        if isinstance(leave, KeyboardInterrupt):
-            self._status = INTERRUPTED
-        if self._joined and not isinstance(leave, ServerHangs):
-            try:
-                with suppress(ConnectionLost, ServerHangs):
-                    if isinstance(leave, Leave):  # else a line may be half sent
-                        self._send("q")
-                    with suppress(OSError):  # the server was quicker
-                        self._socket.shutdown(socket.SHUT_WR)
-                    self._wait(lambda: self._end)
-            except KeyboardInterrupt:
-                self._status = INTERRUPTED
+        if self._joined:
+            with suppress(ConnectionLost, LeaveAtOnce):
+                if not isinstance(leave, LeaveAtOnce):  # else a line may be half sent
+                    self._send("q")
+                with suppress(OSError):  # the server was quicker
+                    self._socket.shutdown(socket.SHUT_WR)
+                self._wait()
         if self._joined and not self._end:
             self._terminal.show("The server does not answer.")
         elif self._joined and str(self._end) != CLOSED and not self._terminal.person:
@@ -367,8 +354,7 @@ class ChatClient:
                 with self._terminal.lock:  # the next prompt comes below what is shown
                     chunk = client_socket.recv(READ_BYTES)
                     lines = map(protocol.decode_shown, splitter.feed(chunk))
-                    shown = [line for line in lines if self._take(line)]
-                    self._terminal.show(*shown, received=True)
+                    self._terminal.show(*filter(self._take, lines), received=True)
                 self._terminal.wake()
             end = ConnectionLost(CLOSED)
         except OSError as error:
@@ -376,7 +362,7 @@ class ChatClient:
         finally:
             self._end = end
             self._terminal.wake()
-            if _WINDOWS and self._joined and not self._leaving:
+            if _WINDOWS and self._joined and not self._hurries:
                 self._terminal.show("(Please press Enter.)")  # else nothing wakes it
 
     def _take(self, line: str) -> bool:
@@ -429,9 +415,8 @@ class Terminal:
         self._options = options
         self._keyboard, self._screen = sys.stdin.fileno(), sys.stdout.fileno()
         self.person = sys.stdin.isatty()
-        self._modes: list[Any] = []  # as they were found
-        if termios and self.person:
-            self._modes = termios.tcgetattr(self._keyboard)
+        has_modes = termios and self.person
+        self._modes = termios.tcgetattr(self._keyboard) if has_modes else []  # as found
         dumb = os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
         self._edits = self._modes != [] and not dumb
         self._off = _EDITED if self._edits else 0  # of the local modes
@@ -457,7 +442,7 @@ class Terminal:
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._signals: deque[int] = deque()  # that have come
-        self._ending = False  # one of them ends the program
+        self.ending = False  # one of them ends the program
 
     def __enter__(self) -> Self:
         # A Python handler runs on the main thread, between two steps of it; the byte
@@ -518,7 +503,7 @@ class Terminal:
         leaves = _is_quit(line.text)
         if key == "\x04" or leaves and not line.is_text:
             raise Leave
-        if prompt == MESSAGE and self._edits and line.text.strip():
+        if prompt == MESSAGE and line.text.strip():
             self._sent.append(line.text)
         if line is self.draft:
             self.draft = Line(earlier=self._sent)
@@ -570,11 +555,10 @@ class Terminal:
     def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> None:
         """Wait for keys, a wake-up or a signal, and take them, or until one can write.
 
-        Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
+        Raises LeaveAtOnce on Ctrl-C, SystemExit for the other signals that end it.
         """
-        inputs: list[Any] = [self._woken]
-        if not (_WINDOWS or self._input_ended or len(self._ahead) >= MAX_TYPED_AHEAD):
-            inputs.append(self._keyboard)
+        deaf = _WINDOWS or self._input_ended or len(self._ahead) >= MAX_TYPED_AHEAD
+        inputs = [self._woken] if deaf else [self._woken, self._keyboard]
         if self._reader.pasting:
             seconds = min(seconds, self._read_at + PASTE_SECONDS - time.monotonic())
         timeout = max(0.0, min(seconds, A_DAY))
@@ -611,12 +595,11 @@ class Terminal:
         for key in self._ahead:
             if key.startswith(_PASTED):
                 line.before += key  # as text: a q in it does not leave
-            if key in _ENTERS and _is_quit(line.text):
-                return True
-            if key == "\x04" and not line.text:
-                return True
+            if key in _ENTERS or key == "\x04" and not line.text:
+                if key == "\x04" or _is_quit(line.text):
+                    return True
+                line = Line()
             line.edit(key)
-            line = Line() if key in _ENTERS else line
         return self._input_ended
 
     def wake(self) -> None:
@@ -624,20 +607,16 @@ class Terminal:
         with suppress(OSError):  # full of wake-ups, or nobody waits any more
             self._waker.send(b"\0")
 
-    def forget_typed(self) -> int:
-        """Throw away what was typed ahead, lest it be taken for answers.
-
-        Returns how many pasted lines were among it.  Raises Leave if it asks for that.
-        """
+    def forget_typed(self) -> None:
+        """Throw away what was typed ahead.  Raises Leave if it asks for that."""
         self.watch(0)  # first: Ctrl-D is one in the modes in which it was typed
         self._drain_keyboard()
         if self.wants_to_leave():
             raise Leave
-        # Of those that are asked about, the first is in the editor.
-        unsent = len(self._pasted) + len(self._unconfirmed[1:])
+        if self._pasted:
+            self.show(f"Pasted lines that were not sent: {len(self._pasted)}.")
         self._pasted.clear()
         self._ahead.clear()
-        return unsent
 
     def _drain_keyboard(self) -> None:
         """Read until nothing comes any more; what is half typed is forgotten.
@@ -657,10 +636,10 @@ class Terminal:
     def _note_signal(self, number: int, _: object) -> None:
         """Note a signal.  The second one that ends the program ends it at once."""
         if number not in _JOB_SIGNALS:
-            if self._ending:  # stuck, on a server or on a screen that takes nothing
+            if self.ending:  # stuck, on a server or on a screen that takes nothing
                 self.restore()
                 os._exit(128 + number)
-            self._ending = True
+            self.ending = True
         self._signals.append(number)
 
     def heed_signals(self) -> None:
@@ -668,7 +647,7 @@ class Terminal:
         while self._signals:
             number = self._signals.popleft()
             if number == signal.SIGINT:
-                raise KeyboardInterrupt
+                raise LeaveAtOnce
             if number not in _JOB_SIGNALS:
                 sys.exit(128 + number)
             # In the middle of a paste the shell would get, and run, the rest.
@@ -839,9 +818,8 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
     before, text = before[start:], before[start:] + after[:near]
     places = _places(text, columns)
     end_row = max(rows, places[len(before)][0] + 1)
-    begin, end = (
-        bisect_left(places, (row, 0), hi=len(text)) for row in (end_row - rows, end_row)
-    )
+    begin = bisect_left(places, (end_row - rows, 0), hi=len(text))
+    end = bisect_left(places, (end_row, 0), hi=len(text))
     return before[begin:], text[len(before) : end]
 
 
