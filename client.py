@@ -74,6 +74,7 @@ _WINDOWS = os.name == "nt"
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 Fact = Callable[[], object]  # is so if what it returns is true
+NEVER: Fact = lambda: False
 
 
 class Leave(Exception):
@@ -105,7 +106,7 @@ def client_program() -> int:
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, RuntimeError, ValueError) as error:
         if terminal:
-            terminal.restore()  # what was typed meanwhile is not for the shell
+            terminal.empty_keyboard()  # what was typed meanwhile is not for the shell
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
         sys.exit(f"client.py: cannot connect to {where}: {_explain(error)}")
     with terminal:
@@ -242,8 +243,7 @@ class ChatClient:
         woken: Fact = lambda: self._end or self._is_asked()
         while not self._end:
             if self._is_asked():
-                self._answer = ""  # lest the same question wake its own answer
-                self._send(self._terminal.ask(PASSWORD, woken))
+                self._send(self._terminal.ask(PASSWORD, lambda: self._end))
             else:
                 self._say(self._terminal.ask(MESSAGE, woken))
         if half_typed := self._terminal.draft.text:
@@ -261,8 +261,7 @@ class ChatClient:
             elif text.strip():
                 self._send(text)
         except ConnectionLost:
-            draft = self._terminal.draft
-            draft.before, draft.after = text, draft.text
+            self._terminal.draft.before = text + self._terminal.draft.before
             raise
         if command == SECRET_COMMAND and not self._is_asked():
             if not self._terminal.person:
@@ -280,23 +279,20 @@ class ChatClient:
 
     def _send(self, text: str) -> None:
         """Send a line."""
-        unsent = memoryview(protocol.encode_line(text))
+        unsent = bytearray(protocol.encode_line(text))
         self._answer = ""
 
         def is_sent() -> bool:
-            nonlocal unsent
             with suppress(BlockingIOError):
-                unsent = unsent[self._socket.send(unsent, MSG_DONTWAIT) :]
+                del unsent[: self._socket.send(unsent, MSG_DONTWAIT)]
             return not unsent
 
         try:
             self._wait(is_sent, [self._socket])
         except OSError:
-            self._wait()  # the receiver says why, once all that had arrived is shown
+            self._wait(NEVER)  # the receiver says why, once it has shown what came
 
-    def _wait(
-        self, fact: Fact = lambda: False, writable: Sequence[socket.socket] = ()
-    ) -> None:
+    def _wait(self, fact: Fact, writable: Sequence[socket.socket] = ()) -> None:
         """Wait until this is so.  Raises ConnectionLost if the connection ends first.
 
         It is looked at after every wake(), and whenever one of `writable` takes more.
@@ -326,7 +322,7 @@ class ChatClient:
                     self._send("q")
                 with suppress(OSError):  # the server was quicker
                     self._socket.shutdown(socket.SHUT_WR)
-                self._wait()
+                self._wait(NEVER)
         if self._joined and not self._end:
             self._terminal.show("The server does not answer.")
         elif self._joined and str(self._end) != CLOSED and not self._terminal.person:
@@ -389,6 +385,7 @@ _HIDDEN = termios.ECHO if termios else 0
 # Red is for refusals, magenta for private messages.
 _NAME_COLOURS = (32, 33, 34, 36, 92, 93, 94, 96)
 _STYLES = {"*": 2, "!": 31, "?": 1, "private": 35}
+_QUIT = re.compile(r"\s*[qQ]\s*")  # a wish to leave
 # The names in a notice: "NAME has joined …", "… online: NAME, NAME and 3 more.",
 # "… NAME, NAME", "[…] NAME: …"
 _NAMES = re.compile(
@@ -456,18 +453,18 @@ class Terminal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.restore()
+        self.empty_keyboard()
         signal.set_wakeup_fd(-1)
         self._waker.close()
         self._woken.close()
 
-    def ask(self, prompt: str, until: Fact = lambda: False) -> str:
+    def ask(self, prompt: str, until: Fact = NEVER) -> str:
         """Return the line that is typed, "" once `until` is so.  Raises Leave."""
         if not self._edits:
             self._off = _HIDDEN if prompt == PASSWORD else 0
             self._set_modes(self._off)
             if prompt == PASSWORD:  # of which a half line, typed ahead, is no part
-                self._drain_keyboard()
+                self.empty_keyboard(self._off)
         with self.lock:
             self._prompt, self._unconfirmed = prompt, []
             self._line = self.draft if prompt == MESSAGE else Line()
@@ -482,7 +479,7 @@ class Terminal:
                 if not self._edits:
                     self._line.before = key.removesuffix("\n").removesuffix("\r")
                     key = "\n"
-                if key in _ENTERS or key == "\x04" and not self._line.text:
+                if key in "\r\n" or key == "\x04" and not self._line.text:
                     return self._answer(key)
                 with self.lock:
                     self._edit(key)
@@ -500,7 +497,7 @@ class Terminal:
                 self._pasted += self._unconfirmed
                 self.draft.before = ""
             return ""
-        leaves = _is_quit(line.text)
+        leaves = _QUIT.fullmatch(line.text)
         if key == "\x04" or leaves and not line.is_text:
             raise Leave
         if prompt == MESSAGE and line.text.strip():
@@ -518,8 +515,8 @@ class Terminal:
         elif key == "\x0c":
             self._write("\x1b[H\x1b[2J")
             self._shown = ("", "")
-        elif key.startswith(_PASTED):
-            self._paste(key.removeprefix(_PASTED))
+        elif key.startswith(_PASTE):
+            self._paste(key.removeprefix(_PASTE))
         else:
             self._line.edit(key)
         if not self._ahead:  # of many keys draw the last only
@@ -579,8 +576,7 @@ class Terminal:
         with suppress(OSError):  # the terminal has been closed
             chunk = os.read(self._keyboard, READ_BYTES)
         # A read that never waits is empty as well if Ctrl-C or Ctrl-Z came before it.
-        if not (chunk or self._signals):
-            self._input_ended = True
+        self._input_ended = not (chunk or self._signals)
         self._ahead += self._reader.feed(chunk)
         self._read_at = time.monotonic()
         return chunk != b""
@@ -590,13 +586,13 @@ class Terminal:
         if not self.person:  # what is in a pipe is used up first
             return self._input_ended and not self._ahead
         if not self._edits:
-            return self._input_ended or any(map(_is_quit, self._ahead))
+            return self._input_ended or any(map(_QUIT.fullmatch, self._ahead))
         line = Line()
         for key in self._ahead:
-            if key.startswith(_PASTED):
+            if key.startswith(_PASTE):
                 line.before += key  # as text: a q in it does not leave
-            if key in _ENTERS or key == "\x04" and not line.text:
-                if key == "\x04" or _is_quit(line.text):
+            if key in "\r\n" or key == "\x04" and not line.text:
+                if key == "\x04" or _QUIT.fullmatch(line.text):
                     return True
                 line = Line()
             line.edit(key)
@@ -610,7 +606,7 @@ class Terminal:
     def forget_typed(self) -> None:
         """Throw away what was typed ahead.  Raises Leave if it asks for that."""
         self.watch(0)  # first: Ctrl-D is one in the modes in which it was typed
-        self._drain_keyboard()
+        self.empty_keyboard(self._off)
         if self.wants_to_leave():
             raise Leave
         if self._pasted:
@@ -618,11 +614,12 @@ class Terminal:
         self._pasted.clear()
         self._ahead.clear()
 
-    def _drain_keyboard(self) -> None:
-        """Read until nothing comes any more; what is half typed is forgotten.
+    def empty_keyboard(self, off: int = 0) -> None:
+        """Read until nothing comes any more, then set the modes that were found.
 
-        A terminal goes on sending the rest of a long paste after the system's buffer has
-        been emptied.
+        off: the local modes that are off then.  What is half typed is forgotten.  To
+        empty the system's buffer would not be enough: a terminal goes on sending the rest
+        of a long paste after that.  Takes no lock: for signal handlers too.
         """
         if self._set_modes(_EDITED):
             typed = True
@@ -631,13 +628,13 @@ class Terminal:
                 came = select.select([self._keyboard], [], [], pause)[0]
                 typed = came != [] and self._read_keyboard()
             self._reader = KeyReader(self._edits)
-            self._set_modes(self._off)
+            self._set_modes(off)
 
     def _note_signal(self, number: int, _: object) -> None:
         """Note a signal.  The second one that ends the program ends it at once."""
         if number not in _JOB_SIGNALS:
             if self.ending:  # stuck, on a server or on a screen that takes nothing
-                self.restore()
+                self.empty_keyboard()
                 os._exit(128 + number)
             self.ending = True
         self._signals.append(number)
@@ -662,11 +659,6 @@ class Terminal:
             with self.lock:
                 if self._edits or not self._shown[0]:
                     self._draw()
-
-    def restore(self) -> None:
-        """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
-        self._drain_keyboard()
-        self._set_modes(0)
 
     def _set_modes(self, off: int) -> bool:
         """Set the modes that were found, but for some that are off; False if it cannot.
@@ -777,10 +769,6 @@ class Terminal:
                     select.select([], [self._screen], [])
 
 
-def _is_quit(text: str) -> bool:
-    return text.strip().lower() == "q"
-
-
 def _move(steps: int, direction: str) -> str:
     return f"\x1b[{steps}{direction}" if steps else ""
 
@@ -889,7 +877,6 @@ def _word(text: str, place: int, by: int, gap: str) -> int:
     return place
 
 
-_FAR = sys.maxsize
 # key → how far it takes the cursor, in characters or in words with such gaps between
 # them, and whether it cuts what is passed on the way there, as those in the last column
 _KEYS = {
@@ -897,8 +884,8 @@ _KEYS = {
     for by, gap, *keys in [
         (-1, "", "\x02 \x1b[D \x1bOD", "\x7f \x08"),
         (1, "", "\x06 \x1b[C \x1bOC", "\x04 \x1b[3~"),
-        (-_FAR, "", "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~", "\x15"),
-        (_FAR, "", "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~", "\x0b"),
+        (-sys.maxsize, "", "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~", "\x15"),
+        (sys.maxsize, "", "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~", "\x0b"),
         (-1, r"\W", "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D",
          "\x1b\x7f \x1b\x08"),
         (1, r"\W", "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C",
@@ -911,8 +898,7 @@ _KEYS = {
 _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
 
 # Around what is pasted.  A key that begins so stands for a whole paste.
-_PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
-_ENTERS = ("\r", "\n")
+_PASTE, _PASTE_END = "\x1b[200~", "\x1b[201~"
 # One key: a paste (before which a person may have pressed Escape), an escape sequence
 # (also one that breaks off), Alt and a character, or a character.  What matches none of
 # them is the beginning of a paste or of a sequence.
@@ -945,11 +931,10 @@ class KeyReader:
             self._rest += "\n"  # the last line counts
         key, keys, place = _KEY if self._edits else _LINE, [], 0
         while match := key.match(self._rest, place):
-            keys.append(_PASTED + match[1] if match.lastindex else match[0])
+            keys.append(_PASTE + match[1] if match.lastindex else match[0])
             place = match.end()
         self._rest = self._rest[place:]
-        began = self._rest.lstrip("\x1b").startswith(_PASTED[1:])
-        self.pasting = self._edits and began
+        self.pasting = self._edits and self._rest.lstrip("\x1b").startswith(_PASTE[1:])
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
         if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:
             self._rest = self._rest[:MAX_TYPED_CHARS] + self._rest[-len(_PASTE_END) :]
