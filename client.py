@@ -54,7 +54,6 @@ CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0  # that a hanging server, or connecting again, holds up the leaving
 READ_BYTES = 65536  # at once
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
-A_DAY = 86400.0  # in a wait for ever: to wake without a reason is no harm
 FOR_EVER = float("inf")
 PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
 MAX_TYPED_CHARS = 1024 * 1024  # in one paste: what comes after is left out
@@ -302,7 +301,7 @@ class ChatClient:
         piped = self._joined and not self._terminal.person
         self._terminal.heed_signals()  # also if there is nothing to wait for
         while not fact():
-            if self._end:
+            if self._end and not fact():  # nor was it so in the very last moment
                 raise self._end
             now = time.monotonic()
             if self._hurries or not piped and self._terminal.wants_to_leave():
@@ -486,7 +485,8 @@ class Terminal:
             self._line = Line(self._pasted.popleft())
             return self._answer("\r")
         finally:
-            self._end_line()
+            if self._prompt:
+                self._end_line()
 
     def _answer(self, key: str) -> str:
         """Return the line that this key ends.  Raises Leave if the person leaves."""
@@ -544,7 +544,7 @@ class Terminal:
                 return ""
             if self._input_ended:
                 raise Leave
-            self.watch(0 if _WINDOWS else A_DAY)
+            self.watch(0 if _WINDOWS else FOR_EVER)
             if _WINDOWS:  # where select() takes sockets only
                 self._read_keyboard()
         return self._ahead.popleft()
@@ -558,7 +558,7 @@ class Terminal:
         inputs = [self._woken] if deaf else [self._woken, self._keyboard]
         if self._reader.pasting:
             seconds = min(seconds, self._read_at + PASTE_SECONDS - time.monotonic())
-        timeout = max(0.0, min(seconds, A_DAY))
+        timeout = None if seconds == FOR_EVER else max(0.0, seconds)
         readable = select.select(inputs, writable, [], timeout)[0]
         if self._woken in readable:
             self._woken.recv(READ_BYTES)
@@ -713,7 +713,7 @@ class Terminal:
         return f"{bell}{now}{line}"
 
     def _end_line(self, *, entered: bool = False) -> None:
-        """Let the line stay, whole, and go on below it; again does nothing."""
+        """Let the line stay, whole, and go on below it; an empty one is taken away."""
         with self.lock:
             text = "" if self._prompt == PASSWORD else protocol.clean(self._line.text)
             if (entered or text) and (self._edits or not self.person):
