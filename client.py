@@ -254,8 +254,8 @@ class ChatClient:
         command, _ = protocol.split_command(protocol.clean(text))
         try:
             if command == SECRET_COMMAND:
-                # Alone: the rest means nothing, and could be refused itself.  And not
-                # for the refusal of an earlier line: our server names the command.
+                # Alone: what stands behind it means nothing, and could be refused.  And
+                # our server names the command: else an earlier line has been refused.
                 self._exchange(command, refusal=f"! {command} ")
             elif text.strip():
                 self._send(text)
@@ -272,7 +272,7 @@ class ChatClient:
         return self._answer.startswith("? ")
 
     def _exchange(self, text: str, refusal: str = "! ") -> None:
-        """Send a line, and wait for its answer; a refusal is one that begins so."""
+        """Send a line, and wait for its answer.  refusal: how one that says no begins."""
         self._send(text)
         self._wait(lambda: self._answer.startswith(("* ", "? ", refusal)))
 
@@ -301,7 +301,7 @@ class ChatClient:
         piped = self._joined and not self._terminal.person
         self._terminal.heed_signals()  # also if there is nothing to wait for
         while not fact():
-            if self._end and not fact():  # nor was it so in the very last moment
+            if self._end and not fact():  # what came right before the end counts
                 raise self._end
             now = time.monotonic()
             if self._hurries or not piped and self._terminal.wants_to_leave():
@@ -677,7 +677,7 @@ class Terminal:
             termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
         # A signal handler may be here because the screen takes nothing any more.
         if self._edits and select.select([], [self._screen], [], QUIET_SECONDS)[1]:
-            self._write("\x1b[?2004h" if off else "\x1b[?2004l")  # brackets
+            self._write("\x1b[?2004h" if off else "\x1b[?2004l")  # brackets for pastes
         return True
 
     def know_name(self, name: str) -> None:
@@ -908,7 +908,7 @@ _KEY = re.compile(
     r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b])",
     re.DOTALL,
 )
-_LINE = re.compile(r"[^\n]*\n")
+_LINE = re.compile(r"[^\n]*+\n")
 
 
 class KeyReader:
