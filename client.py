@@ -357,7 +357,7 @@ class ChatClient:
         finally:
             self._end = end
             self._terminal.wake()
-            if _WINDOWS and self._joined and not self._hurries:
+            if _WINDOWS and self._joined and self._terminal.person and not self._hurries:
                 self._terminal.show("(Please press Enter.)")  # else nothing wakes it
 
     def _take(self, line: str) -> bool:
