@@ -357,7 +357,8 @@ class ChatClient:
         finally:
             self._end = end
             self._terminal.wake()
-            if _WINDOWS and self._joined and self._terminal.person and not self._hurries:
+            in_chat = self._joined and not self._hurries
+            if _WINDOWS and self._terminal.person and in_chat:
                 self._terminal.show("(Please press Enter.)")  # else nothing wakes it
 
     def _take(self, line: str) -> bool:
@@ -421,8 +422,7 @@ class Terminal:
         self.lock = threading.RLock()
         self._prompt = ""  # of the line being typed, if one is
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
-        self.draft = Line()  # the message, which waits while other things are asked for
-        self._line = self.draft
+        self._line = self.draft = Line()  # a message, which waits during questions
         self._sent: deque[str] = deque(maxlen=REMEMBERED)
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
