@@ -314,13 +314,14 @@ class ChatClient:
     def _leave(self, leave: Leave) -> None:
         """Say goodbye, and wait until the server has read all and closes."""
         self._hurries = self._terminal.person or self._terminal.ending
+        with suppress(ConnectionLost, LeaveAtOnce):
+            if self._joined and not isinstance(leave, LeaveAtOnce):  # in mid-line
+                self._send("q")
         self._terminal.show(str(leave) or "Leaving the chat...")
         if self._joined:
+            with suppress(OSError):  # the server was quicker
+                self._socket.shutdown(socket.SHUT_WR)
             with suppress(ConnectionLost, LeaveAtOnce):
-                if not isinstance(leave, LeaveAtOnce):  # else a line may be half sent
-                    self._send("q")
-                with suppress(OSError):  # the server was quicker
-                    self._socket.shutdown(socket.SHUT_WR)
                 self._wait(NEVER)
         if self._joined and not self._end:
             self._terminal.show("The server does not answer.")
@@ -513,8 +514,7 @@ class Terminal:
             seen = dict.fromkeys(reversed(self._names))
             self._line.complete([n for n in seen if not self._mention.fullmatch(n)])
         elif key == "\x0c":
-            self._write("\x1b[H\x1b[2J")
-            self._shown = ("", "")
+            self._write(f"{self._erase()}\x1b[H\x1b[2J")
         elif key.startswith(_PASTE):
             self._paste(key.removeprefix(_PASTE))
         else:
