@@ -35,15 +35,14 @@ import time
 import unicodedata
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
-from typing import Any, Self
+from typing import Self
 
 import protocol
 
 try:
-    import fcntl
     import termios
 
     # All others that we note end the program.
@@ -52,11 +51,9 @@ except ImportError:  # Windows
     termios, _JOB_SIGNALS = None, ()  # type: ignore[assignment]
 
 CONNECT_SECONDS = 10.0
-RECONNECT_SECONDS = 3.0  # the keyboard is not read meanwhile
-LEAVE_SECONDS = 3.0  # that a hanging server may hold up a person who leaves
+LEAVE_SECONDS = 3.0  # that a hanging server, or connecting again, holds up the leaving
 READ_BYTES = 65536  # at once
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
-A_DAY = 86400.0  # in a wait for ever: to wake without a reason is no harm
 FOR_EVER = float("inf")
 PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
 MAX_TYPED_CHARS = 1024 * 1024  # in one paste: what comes after is left out
@@ -76,14 +73,15 @@ _WINDOWS = os.name == "nt"
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 Fact = Callable[[], object]  # is so if what it returns is true
+NEVER: Fact = lambda: False
 
 
 class Leave(Exception):
     """The person leaves; str() of it is what to say then, if it is not the usual."""
 
 
-class ServerHangs(Leave):
-    """They leave, and the server has not gone on within LEAVE_SECONDS."""
+class LeaveAtOnce(Leave):
+    """They leave in the middle of a line: with Ctrl-C, or as the server hangs."""
 
 
 class ConnectionLost(Exception):
@@ -91,33 +89,27 @@ class ConnectionLost(Exception):
 
 
 def client_program() -> int:
-    """Run the client; return its exit status."""
+    """Run the client; return its exit status, or exit if there is no connection."""
     # What was closed before the start is opened, so that no socket takes its number.
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-    options = _parse_arguments()
+    flags = protocol.CommandLine("Join a chat room over plain TCP.")
+    flags.add_address("the server's name or address", 1, "the server's TCP port")
+    flags.add_argument("--times", action="store_true", help="show when each line came")
+    flags.add_argument("--bell", action="store_true", help="ring for what is for you")
+    options = flags.parse_args()
     terminal = None
     try:
         terminal = Terminal(options)
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, RuntimeError, ValueError) as error:
         if terminal:
-            terminal.restore()  # what was typed meanwhile is not for the shell
+            terminal.empty_keyboard()  # what was typed meanwhile is not for the shell
         where = f"{protocol.clean(options.host) or repr('')}, port {options.port}"
-        reason = _explain(error)
-        print(f"client.py: cannot connect to {where}: {reason}", file=sys.stderr)
-        return 1
+        sys.exit(f"client.py: cannot connect to {where}: {_explain(error)}")
     with terminal:
         return client.run()
-
-
-def _parse_arguments() -> argparse.Namespace:
-    flags = protocol.CommandLine("Join a chat room over plain TCP.")
-    flags.add_address("the server's name or address", 1, "the server's TCP port")
-    flags.add_argument("--times", action="store_true", help="show when each line came")
-    flags.add_argument("--bell", action="store_true", help="ring for what is for you")
-    return flags.parse_args()
 
 
 def _explain(error: Exception) -> str:
@@ -145,7 +137,8 @@ class ChatClient:
         self._terminal = terminal
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now
-        self._leaving = False
+        self._hurries = False  # leaving, and does not wait for a server that hangs
+        self._deadline = FOR_EVER  # until which it is waited for
         self._connect(CONNECT_SECONDS)
 
     def _connect(self, seconds: float) -> None:
@@ -162,9 +155,8 @@ class ChatClient:
         # nothing.  What it says before the first line is no answer, and passed over: so
         # this begins as if something had been answered.
         self._answer = "! Nothing was asked."
-        self._receiver = threading.Thread(
-            target=self.receive_messages, args=(self._socket,), name="receiver"
-        )
+        args = (self._socket,)
+        self._receiver = threading.Thread(target=self.receive_messages, args=args)
         self._receiver.start()
 
     def run(self) -> int:
@@ -172,11 +164,11 @@ class ChatClient:
         try:
             self._terminal.show("Connected to server.")
             self._stay()
-        except (Leave, KeyboardInterrupt) as leave:
+        except Leave as leave:
             self._leave(leave)
         finally:
             self._hang_up()
-        return self._status
+        return INTERRUPTED if self._terminal.ending else self._status
 
     def _stay(self) -> None:
         """Go through menu, name and chat until the person leaves, or nobody can go on."""
@@ -189,15 +181,12 @@ class ChatClient:
             except ConnectionLost as lost:
                 self._status = 1
                 self._hang_up()
-                if self._full:
-                    self._terminal.show(self._full, received=True)
-                    return
-                self._terminal.show(f"Connection lost: {lost}.")
-                if not self._terminal.person:
+                reason = self._full or f"Connection lost: {lost}."
+                self._terminal.show(reason, received=self._full != "")
+                if self._full or not self._terminal.person:
                     return
                 # It was meant for the chat, and would be taken for answers.
-                if unsent := self._terminal.forget_typed():
-                    self._terminal.show(f"Pasted lines that were not sent: {unsent}.")
+                self._terminal.forget_typed()
 
     def menu(self) -> str:
         """Show the menu until one of CHOICES is chosen."""
@@ -236,59 +225,42 @@ class ChatClient:
         """Connect again if the server has ended a connection that nobody used."""
         # Whatever has arrived is heard first: a refusal from before is no answer to the
         # name.  At its end the socket stays readable.
-        self._wait(lambda: self._end or not self._has_unheard())
-        if self._full:
-            raise ConnectionLost(CLOSED)
+        self._wait(lambda: self._end or not select.select([self._socket], [], [], 0)[0])
+        with self._terminal.lock:  # what the receiver has taken, it hears under it
+            if self._full:
+                raise ConnectionLost(CLOSED)
         if self._end:
             self._hang_up()
             try:
-                self._connect(RECONNECT_SECONDS)
+                self._connect(LEAVE_SECONDS)  # the keyboard is not read meanwhile
             except (OSError, RuntimeError) as error:
                 self._end = ConnectionLost(protocol.reason_of(error))
                 raise self._end from None
 
-    def _has_unheard(self) -> bool:
-        with self._terminal.lock:  # the receiver takes, and hears, under it
-            return select.select([self._socket], [], [], 0)[0] != []
-
     def handle_chat(self, client_socket: socket.socket) -> None:
         """Send what the person types until they leave or the connection is lost."""
+        woken: Fact = lambda: self._end or self._is_asked()
         while not self._end:
-            try:
-                if secret := self._is_asked():
-                    text = self._terminal.ask(PASSWORD, lambda: self._end)
-                else:
-                    woken: Fact = lambda: self._end or self._is_asked()
-                    text = self._terminal.ask(MESSAGE, woken)
-            except Leave:
-                self._leaving = True
-                with suppress(ConnectionLost):  # then nobody is there to be told
-                    self._send("q")
-                raise
-            (self._send if secret else self._say)(text)
+            if self._is_asked():
+                self._send(self._terminal.ask(PASSWORD, lambda: self._end))
+            else:
+                self._say(self._terminal.ask(MESSAGE, woken))
         if half_typed := self._terminal.draft.text:
             self._terminal.show(MESSAGE + half_typed)  # it stays to be seen
         raise self._end
 
     def _say(self, text: str) -> None:
         """Send a line; if a password is to follow it, wait until that is asked for."""
-        # As it is: cleaned it may be longer than a line may be.
         command, _ = protocol.split_command(protocol.clean(text))
         try:
             if command == SECRET_COMMAND:
-                # Not for the refusal of an earlier line: our server names the command,
-                # or says what is wrong with the line as decode_message says it.
-                reason = f"{command} "
-                try:
-                    protocol.decode_message(protocol.encode_line(text)[:-1])
-                except protocol.ProtocolError as error:
-                    reason = str(error)
-                self._exchange(text, about=(f"! {reason}",))
+                # Alone: what stands behind it means nothing, and could be refused.  And
+                # our server names the command: else an earlier line has been refused.
+                self._exchange(command, refusal=f"! {command} ")
             elif text.strip():
                 self._send(text)
         except ConnectionLost:
-            draft = self._terminal.draft
-            draft.before, draft.after = text, draft.text
+            self._terminal.draft.before = text + self._terminal.draft.before
             raise
         if command == SECRET_COMMAND and not self._is_asked():
             if not self._terminal.person:
@@ -299,72 +271,58 @@ class ChatClient:
     def _is_asked(self) -> bool:
         return self._answer.startswith("? ")
 
-    def _exchange(self, text: str, about: tuple[str, ...] = ("* ", "! ")) -> None:
-        """Send a line; wait for a question, or an answer that begins like `about`."""
+    def _exchange(self, text: str, refusal: str = "! ") -> None:
+        """Send a line, and wait for its answer.  refusal: how one that says no begins."""
         self._send(text)
-        told: Fact = lambda: self._answer.startswith(("? ", *about))
-        self._wait(lambda: told() or self._end)
-        if self._end and not told():
-            raise self._end
+        self._wait(lambda: self._answer.startswith(("* ", "? ", refusal)))
 
     def _send(self, text: str) -> None:
         """Send a line."""
-        unsent = memoryview(protocol.encode_line(text))
+        unsent = bytearray(protocol.encode_line(text))
         self._answer = ""
 
         def is_sent() -> bool:
-            nonlocal unsent
             with suppress(BlockingIOError):
-                unsent = unsent[self._socket.send(unsent, MSG_DONTWAIT) :]
+                del unsent[: self._socket.send(unsent, MSG_DONTWAIT)]
             return not unsent
 
         try:
             self._wait(is_sent, [self._socket])
-        except OSError as error:
-            # The receiver says why, once it has shown all that had arrived.
-            self._wait(lambda: self._end)
-            raise self._end or ConnectionLost(protocol.reason_of(error)) from None
+        except OSError:
+            self._wait(NEVER)  # the receiver says why, once it has shown what came
 
     def _wait(self, fact: Fact, writable: Sequence[socket.socket] = ()) -> None:
-        """Wait until this is so.
+        """Wait until this is so.  Raises ConnectionLost if the connection ends first.
 
         It is looked at after every wake(), and whenever one of `writable` takes more.
-        While the person wants to leave, LEAVE_SECONDS without such progress raise
-        ServerHangs.
+        Raises LeaveAtOnce if that takes LEAVE_SECONDS while the person wants to leave.
         """
         # What came from a pipe is delivered, however long that takes.
         piped = self._joined and not self._terminal.person
-        patient = piped and self._status != INTERRUPTED
-        deadline = FOR_EVER
         self._terminal.heed_signals()  # also if there is nothing to wait for
         while not fact():
+            if self._end and not fact():  # what came right before the end counts
+                raise self._end
             now = time.monotonic()
-            if not patient and (self._leaving or self._terminal.wants_to_leave()):
-                deadline = min(deadline, now + LEAVE_SECONDS)
-            if now >= deadline:
-                raise ServerHangs
-            if self._terminal.watch(deadline - now, writable):
-                deadline = FOR_EVER
+            if self._hurries or not piped and self._terminal.wants_to_leave():
+                self._deadline = min(self._deadline, now + LEAVE_SECONDS)
+            if now >= self._deadline:
+                raise LeaveAtOnce
+            self._terminal.watch(self._deadline - now, writable)
+        self._deadline = FOR_EVER
 
-    def _leave(self, leave: BaseException) -> None:
+    def _leave(self, leave: Leave) -> None:
         """Say goodbye, and wait until the server has read all and closes."""
-        self._leaving = True
+        self._hurries = self._terminal.person or self._terminal.ending
+        with suppress(ConnectionLost, LeaveAtOnce):
+            if self._joined and not isinstance(leave, LeaveAtOnce):  # in mid-line
+                self._send("q")
         self._terminal.show(str(leave) or "Leaving the chat...")
-        if isinstance(leave, KeyboardInterrupt):
-            self._status = INTERRUPTED
-        if self._joined and not isinstance(leave, ServerHangs):
+        if self._joined:
             with suppress(OSError):  # the server was quicker
                 self._socket.shutdown(socket.SHUT_WR)
-            untaken = _untaken_bytes(self._socket)
-            try:
-                while not self._end:
-                    with suppress(ServerHangs):
-                        self._wait(lambda: self._end)
-                    before, untaken = untaken, _untaken_bytes(self._socket)
-                    if not 1 < untaken < before:  # the end of our side counts as one
-                        break
-            except KeyboardInterrupt:
-                self._status = INTERRUPTED
+            with suppress(ConnectionLost, LeaveAtOnce):
+                self._wait(NEVER)
         if self._joined and not self._end:
             self._terminal.show("The server does not answer.")
         elif self._joined and str(self._end) != CLOSED and not self._terminal.person:
@@ -392,8 +350,7 @@ class ChatClient:
                 with self._terminal.lock:  # the next prompt comes below what is shown
                     chunk = client_socket.recv(READ_BYTES)
                     lines = map(protocol.decode_shown, splitter.feed(chunk))
-                    shown = [line for line in lines if self._take(line)]
-                    self._terminal.show(*shown, received=True)
+                    self._terminal.show(*filter(self._take, lines), received=True)
                 self._terminal.wake()
             end = ConnectionLost(CLOSED)
         except OSError as error:
@@ -401,7 +358,8 @@ class ChatClient:
         finally:
             self._end = end
             self._terminal.wake()
-            if _WINDOWS and self._joined and not self._leaving:
+            in_chat = self._joined and not self._hurries
+            if _WINDOWS and self._terminal.person and in_chat:
                 self._terminal.show("(Please press Enter.)")  # else nothing wakes it
 
     def _take(self, line: str) -> bool:
@@ -421,15 +379,6 @@ class ChatClient:
         return True
 
 
-def _untaken_bytes(client_socket: socket.socket) -> int:
-    """Return how much the server's side has not taken yet, as far as the system tells."""
-    if termios:
-        with suppress(OSError):  # the connection has ended
-            answer = fcntl.ioctl(client_socket, termios.TIOCOUTQ, bytes(4))  # tcp(7)
-            return int.from_bytes(answer, sys.byteorder)
-    return 0
-
-
 # The local modes that are off while we get key by key (Ctrl-C and Ctrl-Z stay signals),
 # and while a password is typed on a plain terminal.
 _EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
@@ -437,6 +386,7 @@ _HIDDEN = termios.ECHO if termios else 0
 # Red is for refusals, magenta for private messages.
 _NAME_COLOURS = (32, 33, 34, 36, 92, 93, 94, 96)
 _STYLES = {"*": 2, "!": 31, "?": 1, "private": 35}
+_QUIT = re.compile(r"\s*[qQ]\s*")  # a wish to leave
 # The names in a notice: "NAME has joined …", "… online: NAME, NAME and 3 more.",
 # "… NAME, NAME", "[…] NAME: …"
 _NAMES = re.compile(
@@ -463,37 +413,33 @@ class Terminal:
         self._options = options
         self._keyboard, self._screen = sys.stdin.fileno(), sys.stdout.fileno()
         self.person = sys.stdin.isatty()
-        self._modes: list[Any] = []  # as they were found
-        if termios and self.person:
-            self._modes = termios.tcgetattr(self._keyboard)
+        has_modes = termios and self.person
+        self._modes = termios.tcgetattr(self._keyboard) if has_modes else []  # as found
         dumb = os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
         self._edits = self._modes != [] and not dumb
         self._off = _EDITED if self._edits else 0  # of the local modes
-        self._brackets = False  # the terminal puts them around a paste
         self._colours = self._edits and not os.environ.get("NO_COLOR")
         # Guards the screen and what stands on it.  Held while writing to it.
         self.lock = threading.RLock()
         self._prompt = ""  # of the line being typed, if one is
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
-        self.draft = Line()  # the message, which waits while other things are asked for
-        self._line = self.draft
+        self._line = self.draft = Line()  # a message, which waits during questions
         self._sent: deque[str] = deque(maxlen=REMEMBERED)
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
-        self._reader = KeyReader() if self._edits else LineReader()
-        # Keys (or lines) are used in this order: the lines that a paste was cut into,
-        # then what came from the keyboard.  Lines that wait for the y of "Send N lines?"
-        # are in neither.
+        self._reader = KeyReader(self._edits)
+        # What ask() goes on with: first the pasted lines that are still to be said, then
+        # the keys (or lines) that are typed ahead.
         self._pasted: deque[str] = deque()
         self._ahead: deque[str] = deque()
-        self._unconfirmed: list[str] = []
+        self._unconfirmed: list[str] = []  # wait for the y of "Send N lines?"
         self._input_ended = False
         self._read_at = 0.0  # when a key came last
         # For the main thread's attention: wake(), and signals.
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._signals: deque[int] = deque()  # that have come
-        self._ending = False  # one of them ends the program
+        self.ending = False  # one of them ends the program
 
     def __enter__(self) -> Self:
         # A Python handler runs on the main thread, between two steps of it; the byte
@@ -507,18 +453,18 @@ class Terminal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.restore()
+        self.empty_keyboard()
         signal.set_wakeup_fd(-1)
         self._waker.close()
         self._woken.close()
 
-    def ask(self, prompt: str, until: Fact = lambda: False) -> str:
+    def ask(self, prompt: str, until: Fact = NEVER) -> str:
         """Return the line that is typed, "" once `until` is so.  Raises Leave."""
         if not self._edits:
             self._off = _HIDDEN if prompt == PASSWORD else 0
             self._set_modes(self._off)
             if prompt == PASSWORD:  # of which a half line, typed ahead, is no part
-                self._drain_keyboard()
+                self.empty_keyboard(self._off)
         with self.lock:
             self._prompt, self._unconfirmed = prompt, []
             self._line = self.draft if prompt == MESSAGE else Line()
@@ -526,36 +472,39 @@ class Terminal:
         try:
             if _WINDOWS and prompt == PASSWORD:
                 return getpass.getpass("")
-            while key := self._next(until):
+            while not self._pasted:
+                if not (key := self._next(until)):
+                    self._line = Line()  # something else comes before it is sent
+                    return ""
                 if not self._edits:
-                    self._line.before, key = key.removesuffix("\n"), "\n"
-                if key in _ENTERS or key == "\x04" and not self._line.text:
+                    self._line.before = key.removesuffix("\n").removesuffix("\r")
+                    key = "\n"
+                if key in "\r\n" or key == "\x04" and not self._line.text:
                     return self._answer(key)
                 with self.lock:
                     self._edit(key)
-            self._end_line(stays=False)  # something else comes before it is sent
-            return ""
+            self._line = Line(self._pasted.popleft())
+            return self._answer("\r")
         finally:
-            self._end_line()
+            if self._prompt:
+                self._end_line()
 
     def _answer(self, key: str) -> str:
         """Return the line that this key ends.  Raises Leave if the person leaves."""
-        line, prompt, rest = self._line, self._prompt, ""
-        if key == _PASTED_ENTER:  # what is behind the cursor comes in the last line
-            rest, line.after = line.after, ""
+        line, prompt = self._line, self._prompt
         self._end_line(entered=key != "\x04")
         if self._unconfirmed:
             if line.text.strip().lower() in ("y", "yes"):
-                self._queue_pasted(self._unconfirmed)
+                self._pasted += self._unconfirmed
+                self.draft.before = ""
             return ""
-        leaves = _is_quit(line.text)
+        leaves = _QUIT.fullmatch(line.text)
         if key == "\x04" or leaves and not line.is_text:
             raise Leave
-        if prompt == MESSAGE:
-            if self._edits and line.text.strip():
-                self._sent.append(line.text)
-            self.draft = Line(self._sent)
-            self.draft.after = rest
+        if prompt == MESSAGE and line.text.strip():
+            self._sent.append(line.text)
+        if line is self.draft:
+            self.draft = Line(earlier=self._sent)
         # With a blank behind it a q is a message.
         return f"{line.text} " if leaves else line.text
 
@@ -565,13 +514,12 @@ class Terminal:
             seen = dict.fromkeys(reversed(self._names))
             self._line.complete([n for n in seen if not self._mention.fullmatch(n)])
         elif key == "\x0c":
-            self._write("\x1b[H\x1b[2J")
-            self._shown = ("", "")
-        elif key.startswith(_PASTED):
-            self._paste(key.removeprefix(_PASTED))
+            self._write(f"{self._erase()}\x1b[H\x1b[2J")
+        elif key.startswith(_PASTE):
+            self._paste(key.removeprefix(_PASTE))
         else:
             self._line.edit(key)
-        if not (self._pasted or self._ahead):  # of many keys draw the last only
+        if not self._ahead:  # of many keys draw the last only
             self._draw()
 
     def _paste(self, text: str) -> None:
@@ -581,45 +529,37 @@ class Terminal:
         if self._prompt != MESSAGE:  # where the other lines are of no use
             return
         self._line.is_text = True
-        lines = [self._line.before, *more]
-        count = sum(line.strip() != "" for line in lines)
-        if count > MAX_PASTED_LINES:
-            self._unconfirmed, self._line = [*lines, ""], Line()
-            self._prompt = f"Send {count} lines? [y/N] "
+        lines = [line for line in (self._line.before, *more) if line.strip()]
+        if len(lines) > MAX_PASTED_LINES:
+            self._unconfirmed, self._line = lines, Line()
+            self._prompt = f"Send {len(lines)} lines? [y/N] "
         elif more:
-            self._queue_pasted(lines)
-
-    def _queue_pasted(self, lines: list[str]) -> None:
-        """Let these be typed next; the last one is not ended yet."""
-        self.draft.before = ""
-        for line in lines[:-1]:
-            self._pasted += [_PASTED + line, _PASTED_ENTER] if line.strip() else []
-        self._pasted.append(_PASTED + lines[-1])
+            self._line.before = more[-1]  # which is not ended yet
+            self._pasted += lines[:-1] if more[-1].strip() else lines
 
     def _next(self, until: Fact) -> str:
         """Return the next key or line; "" if woken.  The end of input is a Leave."""
-        while not (self._pasted or self._ahead):
+        while not self._ahead:
             if until():  # what was typed before has been used by now
                 return ""
             if self._input_ended:
                 raise Leave
-            self.watch(0 if _WINDOWS else A_DAY)
+            self.watch(0 if _WINDOWS else FOR_EVER)
             if _WINDOWS:  # where select() takes sockets only
                 self._read_keyboard()
-        return (self._pasted or self._ahead).popleft()
+        return self._ahead.popleft()
 
-    def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> bool:
-        """Wait for keys, a wake-up or a signal, and take them; tell if one can write now.
+    def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> None:
+        """Wait for keys, a wake-up or a signal, and take them, or until one can write.
 
-        Raises KeyboardInterrupt, or SystemExit for the other signals that end it.
+        Raises LeaveAtOnce on Ctrl-C, SystemExit for the other signals that end it.
         """
-        inputs: list[Any] = [self._woken]
-        if not (_WINDOWS or self._input_ended or len(self._ahead) >= MAX_TYPED_AHEAD):
-            inputs.append(self._keyboard)
+        deaf = _WINDOWS or self._input_ended or len(self._ahead) >= MAX_TYPED_AHEAD
+        inputs = [self._woken] if deaf else [self._woken, self._keyboard]
         if self._reader.pasting:
             seconds = min(seconds, self._read_at + PASTE_SECONDS - time.monotonic())
-        timeout = max(0.0, min(seconds, A_DAY))
-        readable, ready, _ = select.select(inputs, writable, [], timeout)
+        timeout = None if seconds == FOR_EVER else max(0.0, seconds)
+        readable = select.select(inputs, writable, [], timeout)[0]
         if self._woken in readable:
             self._woken.recv(READ_BYTES)
         # Before reading, and then not at once: Ctrl-C and Ctrl-Z empty the system's buffer.
@@ -629,7 +569,6 @@ class Terminal:
             self._read_keyboard()
         elif self._reader.pasting and time.monotonic() >= self._read_at + PASTE_SECONDS:
             self._ahead += self._reader.feed(_PASTE_END.encode())  # its end got lost
-        return ready != []
 
     def _read_keyboard(self) -> bool:
         """Take what is typed; return whether there was anything."""
@@ -637,8 +576,7 @@ class Terminal:
         with suppress(OSError):  # the terminal has been closed
             chunk = os.read(self._keyboard, READ_BYTES)
         # A read that never waits is empty as well if Ctrl-C or Ctrl-Z came before it.
-        if not (chunk or self._signals):
-            self._input_ended = True
+        self._input_ended = not (chunk or self._signals)
         self._ahead += self._reader.feed(chunk)
         self._read_at = time.monotonic()
         return chunk != b""
@@ -647,18 +585,17 @@ class Terminal:
         """Tell whether the person has asked to leave in what is typed ahead."""
         if not self.person:  # what is in a pipe is used up first
             return self._input_ended and not self._ahead
+        if not self._edits:
+            return self._input_ended or any(map(_QUIT.fullmatch, self._ahead))
         line = Line()
         for key in self._ahead:
-            if not self._edits:
-                line.before, key = key.removesuffix("\n"), "\n"
-            elif key.startswith(_PASTED):
+            if key.startswith(_PASTE):
                 line.before += key  # as text: a q in it does not leave
-            if key in _ENTERS and _is_quit(line.text):
-                return True
-            if key == "\x04" and not line.text:
-                return True
+            if key in "\r\n" or key == "\x04" and not line.text:
+                if key == "\x04" or _QUIT.fullmatch(line.text):
+                    return True
+                line = Line()
             line.edit(key)
-            line = Line() if key in _ENTERS else line
         return self._input_ended
 
     def wake(self) -> None:
@@ -666,44 +603,40 @@ class Terminal:
         with suppress(OSError):  # full of wake-ups, or nobody waits any more
             self._waker.send(b"\0")
 
-    def forget_typed(self) -> int:
-        """Throw away what was typed ahead, lest it be taken for answers.
-
-        Returns how many pasted lines were among it.  Raises Leave if it asks for that.
-        """
+    def forget_typed(self) -> None:
+        """Throw away what was typed ahead.  Raises Leave if it asks for that."""
         self.watch(0)  # first: Ctrl-D is one in the modes in which it was typed
-        self._drain_keyboard()
+        self.empty_keyboard(self._off)
         if self.wants_to_leave():
             raise Leave
-        # Of those that are asked about, the first is in the editor; the last is "".
-        unsent = self._pasted.count(_PASTED_ENTER) + len(self._unconfirmed[1:-1])
+        if self._pasted:
+            self.show(f"Pasted lines that were not sent: {len(self._pasted)}.")
         self._pasted.clear()
         self._ahead.clear()
-        return unsent
 
-    def _drain_keyboard(self) -> None:
-        """Read until nothing comes any more; what is half typed is forgotten.
+    def empty_keyboard(self, off: int = 0) -> None:
+        """Read until nothing comes any more, then set the modes that were found.
 
-        A terminal goes on sending the rest of a long paste after the system's buffer has
-        been emptied.
+        off: the local modes that are off then.  What is half typed is forgotten.  To
+        empty the system's buffer would not be enough: a terminal goes on sending the rest
+        of a long paste after that.  Takes no lock: for signal handlers too.
         """
         if self._set_modes(_EDITED):
-            deadline = time.monotonic() + LEAVE_SECONDS  # if a key is held down
-            while self._reader.pasting or time.monotonic() < deadline:
+            typed = True
+            while typed:
                 pause = PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
-                typed = select.select([self._keyboard], [], [], pause)[0]
-                if not (typed and self._read_keyboard()):
-                    break
-            self._reader = type(self._reader)()
-            self._set_modes(self._off)
+                came = select.select([self._keyboard], [], [], pause)[0]
+                typed = came != [] and self._read_keyboard()
+            self._reader = KeyReader(self._edits)
+            self._set_modes(off)
 
     def _note_signal(self, number: int, _: object) -> None:
         """Note a signal.  The second one that ends the program ends it at once."""
         if number not in _JOB_SIGNALS:
-            if self._ending:  # stuck, on a server or on a screen that takes nothing
-                self.restore()
+            if self.ending:  # stuck, on a server or on a screen that takes nothing
+                self.empty_keyboard()
                 os._exit(128 + number)
-            self._ending = True
+            self.ending = True
         self._signals.append(number)
 
     def heed_signals(self) -> None:
@@ -711,27 +644,21 @@ class Terminal:
         while self._signals:
             number = self._signals.popleft()
             if number == signal.SIGINT:
-                raise KeyboardInterrupt
+                raise LeaveAtOnce
             if number not in _JOB_SIGNALS:
                 sys.exit(128 + number)
             # In the middle of a paste the shell would get, and run, the rest.
             if number == signal.SIGTSTP and not self._reader.pasting:
-                prompt = self._prompt
-                self._end_line()
-                self._prompt = prompt
+                with self.lock:
+                    self._write(self._erase())
                 self._set_modes(0)
                 handler = signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)  # returns when the shell says fg
                 signal.signal(number, handler)
             self._set_modes(self._off)
             with self.lock:
-                if self._prompt and (self._edits or not self._shown[0]):
+                if self._edits or not self._shown[0]:
                     self._draw()
-
-    def restore(self) -> None:
-        """Leave the terminal as it was found.  Takes no lock: for signal handlers too."""
-        self._drain_keyboard()
-        self._set_modes(0)
 
     def _set_modes(self, off: int) -> bool:
         """Set the modes that were found, but for some that are off; False if it cannot.
@@ -748,13 +675,9 @@ class Terminal:
         with suppress(termios.error):  # the terminal has been closed
             # At once: output that is paused must not hold this up.
             termios.tcsetattr(self._keyboard, termios.TCSANOW, modes)
-        wanted = self._edits and off != 0
-        if wanted == self._brackets:
-            return True
         # A signal handler may be here because the screen takes nothing any more.
-        if select.select([], [self._screen], [], QUIET_SECONDS)[1]:
-            self._write("\x1b[?2004h" if wanted else "\x1b[?2004l")
-            self._brackets = wanted
+        if self._edits and select.select([], [self._screen], [], QUIET_SECONDS)[1]:
+            self._write("\x1b[?2004h" if off else "\x1b[?2004l")  # brackets for pastes
         return True
 
     def know_name(self, name: str) -> None:
@@ -766,11 +689,8 @@ class Terminal:
         """Show whole lines, our own or received ones, above the one being typed."""
         paint = self._paint if received else protocol.clean
         with self.lock:
-            text = "".join([f"{paint(line)}\n" for line in lines])
-            if text and self._prompt:
-                self._draw(text)
-            else:
-                self._write(text)
+            if lines:
+                self._draw("".join([f"{paint(line)}\n" for line in lines]))
 
     def _paint(self, line: str) -> str:
         """Return a line from the server as it is shown, with what the flags ask for."""
@@ -782,35 +702,31 @@ class Terminal:
         rings = private or name and self._mention.search(text)
         bell = "\a" if rings and self._options.bell and sys.stdout.isatty() else ""
         now = time.strftime("%H:%M ") if self._options.times else ""
-        if not self._colours:
-            return f"{bell}{now}{line}"
-        said = text if mark else self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
-        if mark or private:
-            style = _STYLES[mark or "private"]
-            line = f"\x1b[{style}m{line.removesuffix(text)}{said}\x1b[m"
-        elif name:
-            colour = _NAME_COLOURS[sum(name.encode()) % len(_NAME_COLOURS)]
-            line = f"\x1b[{colour}m{name}\x1b[m: {said}"
+        if self._colours:
+            said = text if mark else self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
+            if mark or private:
+                style = _STYLES[mark or "private"]
+                line = f"\x1b[{style}m{line.removesuffix(text)}{said}\x1b[m"
+            elif name:
+                colour = _NAME_COLOURS[sum(name.encode()) % len(_NAME_COLOURS)]
+                line = f"\x1b[{colour}m{name}\x1b[m: {said}"
         return f"{bell}{now}{line}"
 
-    def _end_line(self, *, entered: bool = False, stays: bool = True) -> None:
-        """Let the line stay, whole, and go on below it; again does nothing."""
+    def _end_line(self, *, entered: bool = False) -> None:
+        """Let the line stay, whole, and go on below it; an empty one is taken away."""
         with self.lock:
-            if not self._prompt:
-                return
-            hidden = self._prompt == PASSWORD
-            if stays and self._edits or entered and not self.person:
-                text = "" if hidden else protocol.clean(self._line.text)
+            text = "" if self._prompt == PASSWORD else protocol.clean(self._line.text)
+            if (entered or text) and (self._edits or not self.person):
                 self._write(f"{self._erase()}{self._prompt}{text}\n")
-            elif hidden or not entered:  # else the system has shown the Enter
-                self._write(self._erase())
-            self._prompt, self._shown = "", ("", "")
+            elif not entered or self._prompt == PASSWORD:
+                self._write(self._erase())  # else the system has shown the Enter
+            self._prompt, self._line, self._shown = "", Line(), ("", "")
 
     def _erase(self) -> str:
         """Return what clears prompt and line from the screen.  Caller holds the lock."""
         before, after = self._shown
         self._shown = ("", "")
-        if not self._edits:
+        if not (self._edits and before + after):
             return "\n" if before else ""
         up = _places(before + after, self._size()[0])[len(before)][0]
         # Not from the first cell: at the top of the screen tmux would take that for
@@ -826,24 +742,21 @@ class Terminal:
             return
         columns, rows = self._size()
         line = Line() if self._prompt == PASSWORD else self._line
-        before, after = _window(
-            self._prompt + line.before, line.after, columns, max(1, rows - 1)
-        )
+        before, after = _window(self._prompt + line.before, line.after, columns, rows)
         places = _places(before + after, columns)
         (end_row, end_column), (row, column) = places[-1], places[len(before)]
-        self._write(
-            f"{self._erase()}{above}{before}{after}"
-            # A row that is exactly full: makes the terminal really go to the next one.
-            + (" \r" if end_row and not end_column else "")
-            + f"\r{_move(end_row - row, 'A')}{_move(column, 'C')}"
-        )
+        # Of a row that is exactly full the terminal has to be pushed to the next one.
+        wrap = " \r" if end_row and not end_column else ""
+        back = f"\r{_move(end_row - row, 'A')}{_move(column, 'C')}"
+        self._write(f"{self._erase()}{above}{before}{after}{wrap}{back}")
         self._shown = (before, after)
 
     def _size(self) -> tuple[int, int]:
+        """Return the columns of the screen, and the rows that a line may fill."""
         columns = rows = 0
         with suppress(OSError):  # the terminal has been closed
             columns, rows = os.get_terminal_size(self._screen)
-        return columns or 80, rows or 24
+        return columns or 80, max(1, (rows or 24) - 1)
 
     def _write(self, text: str) -> None:
         # Past sys.stdout, whose flush at exit would wait for a pipe that is full.
@@ -854,10 +767,6 @@ class Terminal:
                     data = data[os.write(self._screen, data) :]
                 except BlockingIOError:  # some terminals are shared and do not block
                     select.select([], [self._screen], [])
-
-
-def _is_quit(text: str) -> bool:
-    return text.strip().lower() == "q"
 
 
 def _move(steps: int, direction: str) -> str:
@@ -897,21 +806,21 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
     before, text = before[start:], before[start:] + after[:near]
     places = _places(text, columns)
     end_row = max(rows, places[len(before)][0] + 1)
-    begin, end = (
-        bisect_left(places, (row, 0), hi=len(text)) for row in (end_row - rows, end_row)
-    )
+    begin = bisect_left(places, (end_row - rows, 0), hi=len(text))
+    end = bisect_left(places, (end_row, 0), hi=len(text))
     return before[begin:], text[len(before) : end]
 
 
 class Line:
     """What is typed at a prompt, before and after the cursor, and how keys change it."""
 
-    def __init__(self, earlier: Iterable[str] = ()) -> None:
+    def __init__(self, pasted: str = "", earlier: Sequence[str] = ()) -> None:
         """earlier: what Up goes through, the latest last."""
-        self.before = self.after = ""
-        self.is_text = False  # a q in it too: pasted or recalled just now
-        self._drafts = [*earlier, ""]
-        self._recalled = len(self._drafts) - 1
+        self.before, self.after = pasted, ""
+        self.is_text = pasted != ""  # a q in it too: pasted or recalled just now
+        self._earlier = earlier
+        self._drafts: list[str] = []  # a copy of it and this line, once Up is pressed
+        self._recalled = -1  # in the copy
         self._fitting: Iterator[str] | None = None  # names, for Tab once more
 
     @property
@@ -928,11 +837,12 @@ class Line:
             self.before = text[: min(start, end) if cuts else end]
             self.after = text[max(start, end) if cuts else end :]
         elif key in _RECALLS:
+            self._drafts = self._drafts or [*self._earlier, ""]
             self._drafts[self._recalled] = text
             recalled = self._recalled + _RECALLS[key]
-            self._recalled = min(max(0, recalled), len(self._drafts) - 1)
+            self._recalled = min(max(-len(self._drafts), recalled), -1)
             self.before, self.after = self._drafts[self._recalled], ""
-            self.is_text = self._recalled < len(self._drafts) - 1
+            self.is_text = self._recalled < -1
         elif key >= " " and key[0] != "\x1b":
             self.before += protocol.clean(key)
 
@@ -943,12 +853,9 @@ class Line:
         stem = self.before.rpartition(" ")[2]
         if self._fitting is None:
             key, start = protocol.name_key, protocol.name_key(stem)
-            fitting = [name for name in names if key(name).startswith(start)]
-            if not fitting:
-                self.before += protocol.clean("\t")
-                return
-            self._fitting = cycle(fitting)
-        self.before = self.before.removesuffix(stem) + next(self._fitting)
+            self._fitting = cycle([n for n in names if key(n).startswith(start)])
+        no_name = stem + protocol.clean("\t")
+        self.before = self.before.removesuffix(stem) + next(self._fitting, no_name)
 
 
 # Where a key takes the cursor, to the left (by is negative) or to the right.  A character
@@ -970,7 +877,6 @@ def _word(text: str, place: int, by: int, gap: str) -> int:
     return place
 
 
-_FAR = sys.maxsize
 # key → how far it takes the cursor, in characters or in words with such gaps between
 # them, and whether it cuts what is passed on the way there, as those in the last column
 _KEYS = {
@@ -978,8 +884,8 @@ _KEYS = {
     for by, gap, *keys in [
         (-1, "", "\x02 \x1b[D \x1bOD", "\x7f \x08"),
         (1, "", "\x06 \x1b[C \x1bOC", "\x04 \x1b[3~"),
-        (-_FAR, "", "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~", "\x15"),
-        (_FAR, "", "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~", "\x0b"),
+        (-sys.maxsize, "", "\x01 \x1b[H \x1bOH \x1b[1~ \x1b[7~", "\x15"),
+        (sys.maxsize, "", "\x05 \x1b[F \x1bOF \x1b[4~ \x1b[8~", "\x0b"),
         (-1, r"\W", "\x1bb \x1b[1;5D \x1b[1;3D \x1b[5D \x1bOd \x1b\x1b[D",
          "\x1b\x7f \x1b\x08"),
         (1, r"\W", "\x1bf \x1b[1;5C \x1b[1;3C \x1b[5C \x1bOc \x1b\x1b[C",
@@ -992,9 +898,7 @@ _KEYS = {
 _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
 
 # Around what is pasted.  A key that begins so stands for a whole paste.
-_PASTED, _PASTE_END = "\x1b[200~", "\x1b[201~"
-_PASTED_ENTER = f"{_PASTED}\r"
-_ENTERS = ("\r", "\n", _PASTED_ENTER)
+_PASTE, _PASTE_END = "\x1b[200~", "\x1b[201~"
 # One key: a paste (before which a person may have pressed Escape), an escape sequence
 # (also one that breaks off), Alt and a character, or a character.  What matches none of
 # them is the beginning of a paste or of a sequence.
@@ -1004,45 +908,37 @@ _KEY = re.compile(
     r"|\x1b+O[0-9;]*+.|\x1b+[^\x1b\[O]|[^\x1b])",
     re.DOTALL,
 )
+_LINE = re.compile(r"[^\n]*+\n")
 
 
 class KeyReader:
-    """Cuts what a keyboard sends into keys, in bounded memory; a paste is one key."""
+    """Cuts what a keyboard or a pipe sends into keys, in bounded memory.
 
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)("replace")
+    A paste is one key.  Where the system edits the lines, each is one, with its newline.
+    """
+
+    def __init__(self, edits: bool) -> None:
+        self._edits = edits
+        errors = "replace" if edits else "surrogateescape"
+        self._decoder = codecs.getincrementaldecoder(protocol.ENCODING)(errors)
         self._rest = ""  # the beginning of a key
         self.pasting = False  # the end of a paste is still to come
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Add what was read and return the keys that it completes."""
-        self._rest += self._decoder.decode(chunk)
-        keys, place = [], 0
-        while match := _KEY.match(self._rest, place):
-            keys.append(match[0] if match[1] is None else _PASTED + match[1])
+        """Add what was read, nothing at the end of input; return the keys it completes."""
+        self._rest += self._decoder.decode(chunk, final=not chunk)
+        if self._rest and not (chunk or self._edits):
+            self._rest += "\n"  # the last line counts
+        key, keys, place = _KEY if self._edits else _LINE, [], 0
+        while match := key.match(self._rest, place):
+            keys.append(_PASTE + match[1] if match.lastindex else match[0])
             place = match.end()
         self._rest = self._rest[place:]
-        self.pasting = self._rest.lstrip("\x1b").startswith(_PASTED[1:])
+        self.pasting = self._edits and self._rest.lstrip("\x1b").startswith(_PASTE[1:])
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
         if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:
             self._rest = self._rest[:MAX_TYPED_CHARS] + self._rest[-len(_PASTE_END) :]
         return keys
-
-
-class LineReader:
-    """Cuts what comes from a pipe or a plain terminal into lines, with their newlines."""
-
-    pasting = False  # nobody can know
-
-    def __init__(self) -> None:
-        # One over the limit is as good as any more: the server refuses it.
-        self._splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
-
-    def feed(self, chunk: bytes) -> list[str]:
-        """Add what was read, nothing at the end of input, and return complete lines."""
-        lines = self._splitter.feed(chunk or b"\n")  # the last line counts
-        texts = [str(line, protocol.ENCODING, "surrogateescape") for line in lines]
-        return [f"{text}\n" for text in texts if chunk or text]
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ full-server-not-noticed: test_full_server_says_so_once_1_was_chosen
 - self._full = line
 + pass
 no-reconnect: test_connection_that_ended_at_the_menu_or_at_the_name
--                 self._connect(RECONNECT_SECONDS)
+-                 self._connect(LEAVE_SECONDS)
 +                 raise OSError("no")
 no-look-at-the-menu: test_server_that_cannot_be_reached_again
 -             self._status = 1  # until it is in
@@ -369,24 +369,20 @@ endless-line-not-shown: test_lines_in_pieces_are_shown_whole
 - protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
 + protocol.LineSplitter(1 << 30)
 closes-before-the-server: test_all_that_was_piped_reaches
-- if not patient and (
-+ if (
+- not piped and self._terminal.wants_to_leave()
++ self._terminal.wants_to_leave()
 sending-not-watched: test_server_that_hangs_holds_up_the_leaving
 - self._wait(is_sent, [self._socket])
 + self._socket.sendall(unsent)
 answer-not-watched: test_server_that_hangs or test_pipe_that_ends_before
--             if now >= deadline:
-+             if now >= deadline and writable:
+-             if now >= self._deadline:
++             if now >= self._deadline and writable:
 ends-when-the-connection-is-lost: test_half_typed_line_is_typed_on_after
--                 if not self._terminal.person:
--                     return
-+                 if True:
-+                     return
+- if self._full or not self._terminal.person:
++ if True:
 pipe-stays-when-the-connection-is-lost: test_piped_client_ends_by_itself
--                 if not self._terminal.person:
--                     return
-+                 if False:
-+                     return
+- if self._full or not self._terminal.person:
++ if self._full:
 name-not-offered: test_half_typed_line_is_typed_on_after
 -  or self._name):
 + ):
@@ -398,7 +394,7 @@ loss-forgotten-by-the-status: test_killed_server_is_told_within_a_second
 -                 self._status = 1
 +             except ConnectionLost as lost:
 line-being-sent-lost: test_pasted_lines_that_were_not_sent
-- draft.before, draft.after = text, draft.text
+- self._terminal.draft.before = text + self._terminal.draft.before
 + pass
 status-of-a-loss-kept-after-joining: test_half_typed_line_is_typed_on_after
 - self._status, self._name = 0, name
@@ -426,8 +422,8 @@ password-typed-ahead-said: test_password_in_the_chat_is_hidden
 -             self._terminal.forget_typed()  # the
 +             pass  # the
 earlier-refusal-taken-for-the-answer: test_piped_password_is_said
-- self._exchange(text, about=(f"! {reason}",))
-+ self._exchange(text)
+- self._exchange(command, refusal=f"! {command} ")
++ self._exchange(command)
 pasted-q-without-blank: test_pasted_q_is_text
 - return f"{line.text} " if leaves else line.text
 + return line.text
@@ -447,15 +443,17 @@ ctrl-c-status-wrong: test_interrupted_piped_client_leaves_with_status_130
 - INTERRUPTED = 130
 + INTERRUPTED = 1
 rest-of-the-sentence-left-for-the-menu: test_rest_of_the_sentence
-- if unsent := self._terminal.forget_typed():
-+ if unsent := 0:
+-                 self._terminal.forget_typed()
+-
++                 pass
++
 """
 
 TERMINAL_MUTANTS = r"""
 cursor-jumps-to-the-end: test_lines_of_others_appear_above
--                 self._draw(text)
-+                 self._line.before, self._line.after = self._line.text, ""
-+                 self._draw(text)
+-             if lines:
++             self._line.before, self._line.after = self._line.text, ""
++             if lines:
 full-row-misdrawn: test_lines_of_others_appear_above
 - " \r" if end_row
 + "" if end_row
@@ -487,15 +485,13 @@ window-size-not-followed: test_change_of_the_windows_size_keeps
 - columns, rows = os.get_terminal_size(self._screen)
 + columns, rows = 80, 24
 history-with-all-answers: test_up_and_down_go_through or test_password
--         if prompt == MESSAGE:
--             if self._edits
-+         if True:
-+             if self._edits
+- if prompt == MESSAGE and line.text.strip():
++ if line.text.strip():
 words-end-inside-a-character: test_editing_keys
 -             place = further
 +             place += by
 long-paste-not-asked-about: test_long_paste_is_sent
-- if count > MAX_PASTED_LINES:
+- if len(lines) > MAX_PASTED_LINES:
 + if False:
 no-means-yes: test_no_to_a_long_paste
 - in ("y", "yes")
@@ -512,9 +508,7 @@ paste-kept-open-by-others: test_paste_without_an_end_is_taken
 +             self._read_at = time.monotonic()
 corrected-typo-not-seen: test_server_that_hangs
 -             line.edit(key)
--             line = Line() if
 +             line.before += key
-+             line = Line() if
 words-of-the-past-as-names: test_tab_completes
 - told = text.partition(": ")[0] + ": " if text.startswith("[") else text
 + told = text
@@ -522,38 +516,37 @@ tab-goes-on-after-a-paste: test_tab_completes
 - self._line.edit(first)
 + self._line.before += first
 recalled-q-leaves: test_up_and_down
-- self.is_text = self._recalled < len(self._drafts) - 1
+- self.is_text = self._recalled < -1
 + pass
 paste-not-cleaned: test_pasted_q_is_text_as_all_that_is_pasted
 - first, *more = map(protocol.clean, 
 + first, *more = map(str, 
 brackets-left-on: test_leaving_at_a_terminal
-- "\x1b[?2004h" if wanted else "\x1b[?2004l"
+- "\x1b[?2004h" if off else "\x1b[?2004l"
 + "\x1b[?2004h"
 typed-ahead-left-for-the-shell: test_what_is_typed_ahead
--         self._drain_keyboard()
--         self._set_modes(0)
-+         self._set_modes(0)
+- typed = True
++ typed = False
 rest-of-a-paste-left-for-the-shell: test_paste_that_goes_on_after_the_end
 - PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
 + QUIET_SECONDS
 modes-not-restored: test_leaving_at_a_terminal
--         self.restore()
+-         self.empty_keyboard()
 -         signal.set_wakeup
 +         signal.set_wakeup
 modes-not-restored-by-second-ctrl-c: test_what_is_typed_ahead
--                 self.restore()
+-                 self.empty_keyboard()
 -                 os._exit
 +                 os._exit
 termination-not-noticed: test_client_that_is_terminated
 - for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *_JOB_SIGNALS:
 + for number in _JOB_SIGNALS:
 tab-only-once: test_tab_completes
-- self._fitting = cycle(fitting)
-+ self._fitting = iter([fitting[0]] * 9)
+- self._fitting = cycle([
++ self._fitting = iter([
 prompts-not-echoed: test_piped_session_reads_like_one_at_a_terminal
-- if stays and self._edits or entered and not self.person:
-+ if stays and self._edits:
+- if (entered or text) and (self._edits or not self.person):
++ if (entered or text) and self._edits:
 prompts-before-the-answer: test_prompt_in_a_pipe_appears_only_with_its_answer
 - prompt = self._prompt if self.person else ""
 + prompt = self._prompt
@@ -561,8 +554,8 @@ prompt-after-the-answer-with-tee: test_no_escape_sequence_if_only_one
 - self.person = sys.stdin.isatty()
 + self.person = sys.stdin.isatty() and sys.stdout.isatty()
 last-line-lost: test_all_that_was_piped_reaches
-- self._splitter.feed(chunk or b"\n")
-+ self._splitter.feed(chunk)
+- self._rest += "\n"  # the last line counts
++ pass
 """
 
 

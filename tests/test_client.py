@@ -1495,8 +1495,8 @@ def test_paste_that_goes_on_after_the_end_is_not_left_for_the_shell(
     puppet.join(alex)
     alex.type(f"q{ENTER}\x1b[200~one{ENTER}")
     alex.wait_for("Connection closed.")
-
-    assert alex.is_silent(0.2)  # the terminal is still taking its time
+    # The terminal is still taking its time, and the client waits for it.
+    alex.wait_until(lambda: alex.is_silent(0.2) and alex.screen.takes_pastes)
     alex.type(f"two{ENTER}" * 1000 + "\x1b[201~")
 
     assert alex.end() == 0
@@ -1562,7 +1562,7 @@ def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
     assert alex.screen.rows.count("You: half") == 1
     alex.type(f"{UP * 2} a line{ENTER}")
 
-    assert caller.line() == "/register a line"
+    assert caller.line() == "/register"
     assert PASSWORD not in alex.output
 
 
@@ -1629,8 +1629,8 @@ def test_password_in_a_pipe_is_the_next_line_and_is_not_shown(puppet: Puppet) ->
     [
         ("/register", "/registers is no command.", [PASSWORD, "q"]),
         ("/register", "That line is longer than 4096 bytes.", [PASSWORD, "q"]),
-        ("/register", "/register is no command.", []),
-        ("/register " + "x" * 4096, "That line is longer than 4096 bytes.", []),
+        ("/register", "/register is no command.", ["q"]),
+        ("/register " + "x" * 4096, "/register is no command.", ["q"]),
     ],
     ids=["an earlier line", "an earlier long one", "the command", "its line"],
 )
@@ -1642,12 +1642,12 @@ def test_piped_password_is_said_to_nobody_but_its_question_if_a_line_is_refused(
     assert caller.lines(2)[0] == "/foo"
 
     caller.say(f"! {refused}")
-    if heard:
+    if PASSWORD in heard:
         caller.say(ASKED)
 
     assert caller.rest() == heard
     caller.close()
     ended, output = piped.end()
-    assert ended == (0 if heard else 1)
-    assert ("Password: " in output) == (heard != [])
+    assert ended == (0 if PASSWORD in heard else 1)
+    assert ("Password: " in output) == (PASSWORD in heard)
     assert PASSWORD not in "\n".join(output)
