@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import unicodedata
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 ENCODING = "utf-8"
@@ -210,19 +211,14 @@ def parse_server_line(line: str) -> ServerLine:
     return ServerLine("", author, text, private=author != name)
 
 
-def notice(text: str) -> bytes:
-    """Return a notice as it goes over the wire."""
-    return encode_line(f"* {text}")
+def _marked(mark: str, text: object) -> bytes:
+    return encode_line(f"{mark} {text}")
 
 
-def refusal(reason: object) -> bytes:
-    """Return a refusal as it goes over the wire; reason: a text or a ProtocolError."""
-    return encode_line(f"! {reason}")
-
-
-def question(text: str) -> bytes:
-    """Return a question as it goes over the wire; its answer should not be shown."""
-    return encode_line(f"? {text}")
+# Each takes a text and returns the line that goes over the wire.
+notice = partial(_marked, "*")
+refusal = partial(_marked, "!")
+question = partial(_marked, "?")  # its answer should not be shown
 
 
 def private_message(author: str, text: str) -> bytes:
@@ -234,10 +230,9 @@ class CommandLine(argparse.ArgumentParser):
     """Reads flags; --help shows each with its default, an error is one line."""
 
     def __init__(self, description: str) -> None:
+        form = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
+            description=description, formatter_class=form, allow_abbrev=False
         )
 
     def add_address(self, host: str, lowest_port: int, port: str) -> None:
@@ -248,7 +243,7 @@ class CommandLine(argparse.ArgumentParser):
     def add_number(
         self, flag: str, low: int, high: int, default: int, help: str, value: str = "N"
     ) -> None:
-        """Add a flag that takes a whole number, value in --help, within these limits."""
+        """Add a flag that takes a whole number within these limits; value: its name."""
 
         def read(text: str) -> int:
             # Not of very many digits: int() refuses these in its own words.

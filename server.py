@@ -158,6 +158,13 @@ class _Client:
             select.select([self.socket], [], [])
         return self.socket.recv(RECEIVE_BYTES)
 
+    def is_gone(self) -> bool:
+        """Tell whether the connection has been reset, also if input is still unread."""
+        try:
+            return not self.socket.getpeername()
+        except OSError:
+            return True
+
     def has_ended(self) -> bool:
         """Look whether the peer has ended the connection; pass over what it sent."""
         try:
@@ -284,10 +291,9 @@ class ChatServer:
         client = _Client(client_socket, _format_address(address or ("unknown", 0)))
         # A daemon, as the broadcaster is: a bug in the shutdown, which joins both, must
         # not keep the program from its end.
-        handler = threading.Thread(
+        handler = client.thread = threading.Thread(
             target=self.handle_client, args=(client_socket,), daemon=True
         )
-        client.thread = handler
         with self._lock:
             self._connections[client_socket] = client
             self._unjoined[client] = time.monotonic() + JOIN_SECONDS
@@ -382,7 +388,7 @@ class ChatServer:
                     used_until += len(batch) / rate
                 elif closed.wait(THROTTLE_PAUSE_SECONDS) or client.dropped:
                     return
-                if lines and _is_gone(client.socket):
+                if lines and client.is_gone():
                     read_until = min(read_until, now + GONE_SECONDS)
                     if now > read_until:
                         raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
@@ -488,13 +494,13 @@ class ChatServer:
         sender = self._connections[sender_socket]
         texts = message.split("\n")
         lines = [f"{sender.name}: {text}\n" for text in texts]
-        told = ""
-        if self._tell_messages:
-            told = "".join([f"Received message from {line}" for line in lines])
+        told = [
+            f"Received message from {line}" for line in lines if self._tell_messages
+        ]
         if self._database:
             self._database.wait_for_room(len(texts))
         encoded = "".join(lines).encode(protocol.ENCODING)
-        self._submit(_Entry(sender, encoded), told.removesuffix("\n"), texts)
+        self._submit(_Entry(sender, encoded), "".join(told).removesuffix("\n"), texts)
 
     def _reply(self, client: _Client, line: bytes) -> None:
         """Send a client a line of its own; not to a peer that is gone."""
@@ -644,7 +650,6 @@ class _Broadcaster(threading.Thread):
     """
 
     def __init__(self, lock: threading.Lock) -> None:
-        """lock: the server's."""
         super().__init__(name="broadcaster", daemon=True)
         # The outbox: entries in the one order in which all see them.
         self._lock = lock
@@ -948,15 +953,6 @@ def _set_options(client_socket: socket.socket) -> None:
             client_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _is_gone(client_socket: socket.socket) -> bool:
-    """Tell whether the connection has been reset, also if input is still unread."""
-    try:
-        client_socket.getpeername()
-        return False
-    except OSError:
-        return True
-
-
 def _format_address(address: tuple[str, int]) -> str:
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -1201,7 +1197,7 @@ class Database(Recorder):
         scrypt = partial(hashlib.scrypt, password, salt=salt, **SCRYPT)
         with suppress(RuntimeError):  # closed already
             hashing = self._hashing.submit(scrypt)
-            while not (client.dropped or self._stopped or _is_gone(client.socket)):
+            while not (client.dropped or self._stopped or client.is_gone()):
                 with suppress(TimeoutError):
                     return salt + hashing.result(HASH_PAUSE_SECONDS)
             hashing.cancel()
@@ -1308,6 +1304,7 @@ def main() -> int:
     terminal.tell(f"Server is running...\nListening on {server.address}")
     with closing(terminal):
         server.serve()
+        signal.set_wakeup_fd(-1)  # it has been closed
     return 1 if bugs else 0
 
 

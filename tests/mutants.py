@@ -193,8 +193,8 @@ newcomer-hears-the-past: test_everybody_sees_what_follows or test_all_members_an
 + heard = self._end - len(self._stream) if entry.joins else place
 +             client.faces.append((start, entry.to_self, heard))
 author-hears-itself: test_a_message_goes_to_every_member_but_its_sender
-- self._submit(_Entry(sender, encoded), told
-+ self._submit(_Entry(sender, encoded, encoded), told
+- self._submit(_Entry(sender, encoded), "".join
++ self._submit(_Entry(sender, encoded, encoded), "".join
 outbox-backwards: test_all_members_and_the_terminal_see_one_order or test_everybody_sees
 - entries, self._outbox = self._outbox, []
 + entries, self._outbox = self._outbox[::-1], []
