@@ -669,7 +669,9 @@ class _Broadcaster(threading.Thread):
         self._rests = False  # an entry is to wake the thread
         self._pass_again = False  # some members had their turn before the last look
         self._pass_at = 0.0  # no pass before then
-        self._taken = 0  # bytes that this pass takes in for slow readers
+        self._taken = (
+            0  # bytes that this pass takes in for such as are near their limit
+        )
         self._end_at = FOREVER  # set once the outbox is closed
 
     def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
@@ -758,7 +760,7 @@ class _Broadcaster(threading.Thread):
             client.faces.append((start, entry.to_self, place))
             client.own_bytes += ENTRY_BYTES + len(entry.to_self)
             self._taken += len(entry.to_others)
-            if client in self._slow:
+            if self._unsent_bytes(client) > MAX_UNSENT_BYTES / 2:
                 self._taken += entry.size()
             self._clients[client] = None
             if entry.leaves:
@@ -835,15 +837,18 @@ class _Broadcaster(threading.Thread):
             self._slow[client] = None
             self._selector.register(client.socket, selectors.EVENT_WRITE, client)
 
+    def _unsent_bytes(self, client: _Client) -> int:
+        return max(0, self._end - client.place) + client.own_bytes
+
     def _mind_slow_readers(self) -> None:
         """Forget what all members have; drop a client that is too far behind.
 
-        While one is near that, the next pass comes later: in proportion to what this one
-        took in for the slow, and to how far beyond half of its limit the client is.
+        While one is beyond half of its limit, the next pass comes later: in proportion to
+        what this one took in for such a client, and to how far it is beyond that.
         """
         place, most = self._end, 0
         for client in tuple(self._slow):
-            unsent = max(0, self._end - client.place) + client.own_bytes
+            unsent = self._unsent_bytes(client)
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
             else:
@@ -869,12 +874,13 @@ class _Broadcaster(threading.Thread):
         """Close the connections that have ended on both sides, or whose time is up.
 
         A close with input unread would reset the connection, and could cost the peer
-        the last lines to it.
+        the last lines to it: but one that is too slow has to hear that nobody reads.
         """
         now = time.monotonic()
         for client, until in tuple(self._leaving.items()):
             is_over = client in ready and client.place == OVER
-            if until <= now or (is_over and client.has_ended()):
+            is_slow = client.name and client.dropped
+            if until <= now or (is_over and (is_slow or client.has_ended())):
                 self._unwatch(client)
                 del self._clients[client], self._leaving[client]
                 client.socket.close()

@@ -518,6 +518,42 @@ def test_a_shutdown_does_not_wait_for_passwords(start_process: StartServer) -> N
     assert time.monotonic() - interrupted_at < 2
 
 
+HISTORY_FLOOD = "/history 200                         \n" * 900
+
+
+def test_a_shutdown_does_not_wait_for_answers(
+    start_process: StartServer, path: Path
+) -> None:
+    """Forty members have asked for seven million lines."""
+    fill(path, ["x" * 4000] * 200)
+    chat = start_process()
+    for name in numbers(40):
+        chat.member(name.replace(" ", "-")).send(HISTORY_FLOOD)
+
+    interrupted_at = time.monotonic()
+    chat.stop()
+
+    assert time.monotonic() - interrupted_at < 2
+
+
+def test_answers_for_one_that_is_gone_do_not_keep_its_name(
+    start: StartFileRoom, path: Path
+) -> None:
+    fill(path, ["x" * 4000] * 200)
+    room = start()
+    bob, *ghosts = [room.member(name) for name in ("Bob", *"abcdefghij")]
+    for ghost in ghosts:
+        ghost.send(HISTORY_FLOOD)
+    reset_at = time.monotonic()
+
+    for ghost in ghosts:
+        ghost.reset()
+
+    for _ in ghosts:
+        bob.gather(lambda line: line.endswith(" has left the chat."))
+    assert time.monotonic() - reset_at < 10
+
+
 # --- faults -------------------------------------------------------------------------
 
 

@@ -294,6 +294,22 @@ def test_a_trickle_reader_delays_nobody(narrow_room: Room) -> None:
     assert statistics.median(delays[-10:]) < 0.1
 
 
+def test_who_reads_nothing_does_not_slow_what_is_not_for_it(
+    narrow_room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alex, bob, carol = narrow_room.members("Alex", "Bob", "Carol")
+    narrow_room.slow_member(alex, bob, carol)
+    alex.send(f"/msg Slow {'x' * 4000}\n" * 800)  # of 4 MiB that may wait for it
+    for _ in range(2):  # the pause after the pass with the last of these is over
+        assert_next(alex, bob, carol)
+    monkeypatch.setattr(server, "FULL_PASS_SECONDS", 1000)  # instead of 0.08
+
+    carol.send("/x\n" * 2000)
+
+    assert len(carol.lines(2000)) == 2000
+    assert_next(alex, bob, carol)
+
+
 def test_what_members_alone_see_is_bounded_for_all_of_them_together(
     narrow_room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
