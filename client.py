@@ -423,8 +423,8 @@ class Terminal:
         self.lock = threading.RLock()
         self._prompt = ""  # of the line being typed, if one is
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
-        self._line = self.draft = Line()  # a message, which waits during questions
         self._sent: deque[str] = deque(maxlen=REMEMBERED)
+        self._line = self.draft = Line(earlier=self._sent)  # waits during questions
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
         self._reader = KeyReader(self._edits)
@@ -493,10 +493,11 @@ class Terminal:
         """Return the line that this key ends.  Raises Leave if the person leaves."""
         line, prompt = self._line, self._prompt
         self._end_line(entered=key != "\x04")
-        if self._unconfirmed:
+        if lines := self._unconfirmed:
+            self._unconfirmed = []
             if line.text.strip().lower() in ("y", "yes"):
-                self._pasted += self._unconfirmed
-                self.draft.before = ""
+                self._pasted += lines
+                self.draft = Line("", self.draft.after, self._sent)
             return ""
         leaves = _QUIT.fullmatch(line.text)
         if key == "\x04" or leaves and not line.is_text:
@@ -534,8 +535,8 @@ class Terminal:
             self._unconfirmed, self._line = lines, Line()
             self._prompt = f"Send {len(lines)} lines? [y/N] "
         elif more:
-            self._line.before = more[-1]  # which is not ended yet
-            self._pasted += lines[:-1] if more[-1].strip() else lines
+            self._line = self.draft = Line(more[-1], self._line.after, self._sent)
+            self._pasted += lines[:-1] if more[-1].strip() else lines  # ended ones
 
     def _next(self, until: Fact) -> str:
         """Return the next key or line; "" if woken.  The end of input is a Leave."""
@@ -609,8 +610,9 @@ class Terminal:
         self.empty_keyboard(self._off)
         if self.wants_to_leave():
             raise Leave
-        if self._pasted:
-            self.show(f"Pasted lines that were not sent: {len(self._pasted)}.")
+        # Of lines that are asked about, the first is in the editor.
+        if unsent := len(self._pasted) + len(self._unconfirmed[1:]):
+            self.show(f"Pasted lines that were not sent: {unsent}.")
         self._pasted.clear()
         self._ahead.clear()
 
@@ -622,8 +624,9 @@ class Terminal:
         of a long paste after that.  Takes no lock: for signal handlers too.
         """
         if self._set_modes(_EDITED):
+            until = time.monotonic() + LEAVE_SECONDS  # if a key is held down
             typed = True
-            while typed:
+            while typed and (self._reader.pasting or time.monotonic() < until):
                 pause = PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
                 came = select.select([self._keyboard], [], [], pause)[0]
                 typed = came != [] and self._read_keyboard()
@@ -814,9 +817,11 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
 class Line:
     """What is typed at a prompt, before and after the cursor, and how keys change it."""
 
-    def __init__(self, pasted: str = "", earlier: Sequence[str] = ()) -> None:
+    def __init__(
+        self, pasted: str = "", after: str = "", earlier: Sequence[str] = ()
+    ) -> None:
         """earlier: what Up goes through, the latest last."""
-        self.before, self.after = pasted, ""
+        self.before, self.after = pasted, after
         self.is_text = pasted != ""  # a q in it too: pasted or recalled just now
         self._earlier = earlier
         self._drafts: list[str] = []  # a copy of it and this line, once Up is pressed
@@ -893,7 +898,7 @@ _KEYS = {
         (-1, r"\s", "", "\x17"),
     ]
     for cuts in (False, True)
-    for key in keys[cuts].split(" ")  # not split(): Ctrl-K counts as a blank there
+    for key in keys[cuts].split(" ") if key  # not split(): Ctrl-K is a blank there
 }  # fmt: skip
 _RECALLS = {"\x10": -1, "\x1b[A": -1, "\x1bOA": -1, "\x0e": 1, "\x1b[B": 1, "\x1bOB": 1}
 

@@ -59,7 +59,7 @@ class LineSplitter:
         """Add received bytes and return the lines they complete, without line ends.
 
         chunk: whatever one recv() gave, any length, cut anywhere.  A line that is too
-        long is returned once, as soon as that is certain: its beginning, of more than
+        long is returned once, before its end has come: its beginning, of more than
         max_bytes.  The rest of it, however long, is dropped.
         """
         was_returned = len(self._tail) == self._too_many

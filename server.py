@@ -9,8 +9,8 @@ Threads:
 
 The way of a message: handle_client reads it and calls broadcast_message, which appends
 one entry to the outbox, under the lock.  The broadcaster moves all entries that are in
-the outbox to the end of one stream of bytes and makes a pass: each client gets one
-non-blocking send of what it has not had yet.  A member is a place in that stream; a slow
+the outbox to the end of one stream of bytes and makes a pass: each client is sent what it
+has not had yet, without blocking.  A member is a place in that stream; a slow
 reader is a member whose place is further behind.  What only one client sees (a welcome, a
 refusal, a private message) is its own face of an entry.  Before it joins and after it
 leaves, its place is outside of the stream.
@@ -84,9 +84,8 @@ MAX_OUTBOX_BYTES = 256 * 1024
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
 # What only one member sees is not shared: so much for all of them.
 MAX_OWN_BYTES = 16 * 1024 * 1024
-# An entry takes so much memory besides its bytes, and so does a piece sent ahead.
-ENTRY_BYTES = 200
-STEPS_PER_TURN = 200  # for a client with faces of its own: less than a millisecond
+ENTRY_BYTES = 200  # of memory, for an entry or a face besides its text
+STEPS_PER_TURN = 200  # for a client with faces of its own: others have their turn soon
 # A pass looks at the outbox so often: members whose turn is still to come get at once
 # what was said meanwhile.  While more than MAX_LOOK_BYTES are under way it does not.
 LOOKS_PER_PASS = 8
@@ -102,7 +101,7 @@ LEAVE_SECONDS = 5.0  # for a member to receive what waits for it, and to end its
 LINGER_SECONDS = 1.0  # for one that has not joined to do so
 SHUTDOWN_SECONDS = 1.0  # for all to do so at the end; 2 s are promised
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
-LAST_SECONDS = 0.3  # for what waits for the database then, and for the terminal at last
+LAST_SECONDS = 0.3  # at the end, for what waits for the database, then the terminal
 # Lines and messages come in bursts, and a batch costs little more than one of them.
 GATHER_SECONDS = 0.005
 
@@ -132,7 +131,7 @@ class _Client:
     """One connection; once it has joined, a member: a place in the stream."""
 
     def __init__(self, client_socket: socket.socket, peer: str) -> None:
-        # It blocks, for its handler; the broadcaster sends with MSG_DONTWAIT meanwhile.
+        # It blocks its handler, and the broadcaster sends with MSG_DONTWAIT meanwhile.
         self.socket = client_socket
         self.peer = peer  # "address:port"
         self.thread: threading.Thread  # its handler
@@ -142,12 +141,13 @@ class _Client:
         # Its handler's own: the lines to come, and what it says in those that came.
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
-        # The broadcaster's own.  Up to its place in the stream, an offset, this client
-        # has been sent all.  Its own faces of entries stand further on: of each, where
-        # it is sent, its text, and where the client goes on then.
+        # The broadcaster's own.  Up to its place in the stream, an offset, a member has
+        # been sent all.  Its own faces of entries stand further on: of each, the place
+        # where it is sent, its text, and the place where the client goes on then.
         self.place = OUTSIDE
         self.faces: deque[tuple[int, bytes, int]] = deque()
         self.own_bytes = 0  # of memory, for these faces
+        self.unsent_bytes = 0  # that wait for it, while it is slow
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
@@ -272,7 +272,7 @@ class ChatServer:
                 time.sleep(ACCEPT_PAUSE_SECONDS)  # it would spin
 
     def _drop_late(self) -> float:
-        """End the next one that has not joined in time; return the seconds until then."""
+        """End one that has not joined in time; return the seconds until one is due."""
         with self._lock:
             client, until = next(iter(self._unjoined.items()), (None, FOREVER))
             seconds = until - time.monotonic()
@@ -313,7 +313,7 @@ class ChatServer:
     def _make_room(self, newcomer: _Client) -> None:
         """End the one that waits to join for longest: if all are members, the newcomer.
 
-        That too while many handlers have still to end.  Caller holds _lock.
+        The newcomer too if too many handlers have still to end.  Caller holds _lock.
         """
         client = next(iter(self._unjoined))
         why = "This connection has not joined, and others need the room."
@@ -326,7 +326,7 @@ class ChatServer:
         del self._unjoined[client]
         client.dropped = why
         self._broadcaster.append(_Entry(client, b"", protocol.refusal(why)))
-        if client.thread.is_alive():
+        if client.thread.is_alive():  # else what the peer sent is passed over in peace
             client.shut(socket.SHUT_RD)  # wakes its handler
 
     def handle_client(self, client_socket: socket.socket) -> None:
@@ -343,7 +343,7 @@ class ChatServer:
                 for line in client.lines:
                     self._obey(client, line)
         except OSError as error:
-            client.lost = error.strerror or str(error)
+            client.lost = protocol.reason_of(error)
         except Exception:  # noqa: BLE001
             traceback.print_exc()  # a bug: the others go on
         finally:
@@ -605,7 +605,7 @@ class ChatServer:
         """End in order.
 
         1. Take no new clients; send those away that have not joined.
-        2. Close the outbox, with a last notice to all members.
+        2. Close the outbox, with a last notice to all members, and the database.
         3. Let the broadcaster send all of it to all that read, and end our side of each
            connection; it closes those that the peers end too within SHUTDOWN_SECONDS.
         4. Wake the handlers that are left, wait for them, and close what they held.
@@ -646,7 +646,7 @@ _DATABASE_COMMANDS = {
 class _Broadcaster(threading.Thread):
     """The outbox, and the thread that sends what is in it and closes the connections.
 
-    The outbox is for all threads, under the lock.  All else is the thread's own.
+    The outbox is for all threads.  All else is the thread's own.
     """
 
     def __init__(self, lock: threading.Lock) -> None:
@@ -657,6 +657,8 @@ class _Broadcaster(threading.Thread):
         self._outbox: list[_Entry] = []
         self._outbox_bytes = 0
         self.closed = threading.Event()  # set under the lock
+        self._end_at = FOREVER  # set once it is closed
+        self._rests = False  # the next entry is to wake the thread
 
         # The stream: what some member has still to be sent, addressed by its offset since
         # the start of the server; the offset behind its last byte.
@@ -666,13 +668,9 @@ class _Broadcaster(threading.Thread):
         self._slow: dict[_Client, None] = {}  # watched until their sockets take more
         self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
         self._selector = _Selector()  # where the thread rests
-        self._rests = False  # an entry is to wake the thread
         self._pass_again = False  # some members had their turn before the last look
         self._pass_at = 0.0  # no pass before then
-        self._taken = (
-            0  # bytes that this pass takes in for such as are near their limit
-        )
-        self._end_at = FOREVER  # set once the outbox is closed
+        self._taken = 0  # bytes of this pass, for one that is near its limit
 
     def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
         """Wait until an entry may be appended; False once the outbox is closed.
@@ -683,7 +681,8 @@ class _Broadcaster(threading.Thread):
         most = max(0, MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size)
         while self._outbox_bytes > most and not self.closed.is_set():
             self._has_room.wait()
-        self._has_room.notify()  # one lets in the next: all at once would be in vain
+            if self._outbox_bytes <= most:
+                self._has_room.notify()  # one lets in the next: all would be in vain
         return not self.closed.is_set()
 
     def append(self, entry: _Entry) -> None:
@@ -705,7 +704,7 @@ class _Broadcaster(threading.Thread):
         """Send all that is appended until the outbox is closed and all have left."""
         while self._clients or self._outbox or not self.closed.is_set():
             until = min([self._end_at, *self._leaving.values()])
-            self._rests = True  # what is appended after the next line ends the rest
+            self._rests = True  # an entry wakes it from here on; look what came before
             if self._outbox or self._pass_again:
                 until = min(until, self._pass_at)
             ready = self._selector.wait(until - time.monotonic())
@@ -752,20 +751,31 @@ class _Broadcaster(threading.Thread):
             client, start = entry.client, self._end
             self._stream += entry.to_others
             self._end += len(entry.to_others)
-            place = client.faces[-1][2] if client.faces else client.place
-            if entry.ends or entry.leaves:
-                place = OVER
-            elif entry.joins or place < self._end:
-                place = self._end
-            client.faces.append((start, entry.to_self, place))
-            client.own_bytes += ENTRY_BYTES + len(entry.to_self)
             self._taken += len(entry.to_others)
-            if self._unsent_bytes(client) > MAX_UNSENT_BYTES / 2:
+            if client.unsent_bytes > MAX_UNSENT_BYTES / 2:
                 self._taken += entry.size()
+            self._queue_face(client, start, entry)
             self._clients[client] = None
             if entry.leaves:
                 seconds = LEAVE_SECONDS if client.name else LINGER_SECONDS
                 self._leaving[client] = time.monotonic() + seconds
+
+    def _queue_face(self, client: _Client, start: int, entry: _Entry) -> None:
+        """Have a client see its own face of an entry; the others see it from start on."""
+        last = client.faces[-1] if client.faces else None
+        place = end = last[2] if last else client.place
+        if entry.ends or entry.leaves:
+            end = OVER
+        elif entry.joins or place < self._end:
+            end = self._end
+        text = entry.to_self
+        if last and place >= start and len(last[1]) < RECEIVE_BYTES:
+            # No stream in between: one send will do.  Long ones are not copied again.
+            start, text, _ = client.faces.pop()
+            text += entry.to_self
+            client.own_bytes -= ENTRY_BYTES
+        client.faces.append((start, text, end))
+        client.own_bytes += ENTRY_BYTES + len(entry.to_self)
 
     def _give_turns(self, clients: Iterable[_Client]) -> None:
         """Send each client what it has not had, as much as its socket takes at once.
@@ -787,13 +797,13 @@ class _Broadcaster(threading.Thread):
             except BlockingIOError:
                 pass  # it is slow
             except OSError as error:
-                client.lost = error.strerror or str(error)
+                client.lost = protocol.reason_of(error)
                 client.place = OVER
             if client.place != self._end or client.faces or client in self._slow:
                 self._note_progress(client)
 
     def _slice(self, place: int, end: int) -> bytearray:
-        """Return a part of the stream, or what a full outbox holds of it."""
+        """Return a part of the stream, as much of it as one send offers."""
         first = self._end - len(self._stream)
         return self._stream[place - first : min(end, place + MAX_OUTBOX_BYTES) - first]
 
@@ -837,9 +847,6 @@ class _Broadcaster(threading.Thread):
             self._slow[client] = None
             self._selector.register(client.socket, selectors.EVENT_WRITE, client)
 
-    def _unsent_bytes(self, client: _Client) -> int:
-        return max(0, self._end - client.place) + client.own_bytes
-
     def _mind_slow_readers(self) -> None:
         """Forget what all members have; drop a client that is too far behind.
 
@@ -848,11 +855,13 @@ class _Broadcaster(threading.Thread):
         """
         place, most = self._end, 0
         for client in tuple(self._slow):
-            unsent = self._unsent_bytes(client)
+            # Before its welcome has been sent, its place is not in the stream yet.
+            first = min(client.place, client.faces[0][0] if client.faces else self._end)
+            unsent = client.unsent_bytes = self._end - first + client.own_bytes
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
             else:
-                place, most = min(place, client.place), max(most, unsent)
+                place, most = min(place, first), max(most, unsent)
         while sum([client.own_bytes for client in self._slow]) > MAX_OWN_BYTES:
             greediest = max(self._slow, key=lambda client: client.own_bytes)
             self._drop(greediest, f"{greediest.own_bytes} bytes waited for it alone")
@@ -887,6 +896,7 @@ class _Broadcaster(threading.Thread):
 
     def _unwatch(self, client: _Client) -> None:
         self._slow.pop(client, None)
+        client.unsent_bytes = 0
         with suppress(KeyError):
             self._selector.unregister(client.socket)
 
@@ -1006,9 +1016,9 @@ class Recorder:
         self._thread.join(LAST_SECONDS)
         with self._changed:
             self._left_out += len(self._unwritten)
-            self._make_room(len(self._unwritten))
+            self._forget(len(self._unwritten))
 
-    def _make_room(self, count: int) -> None:
+    def _forget(self, count: int) -> None:
         """Forget the first items, and tell what was left out for want of room."""
         with self._changed:
             del self._unwritten[:count]
@@ -1030,7 +1040,7 @@ class Recorder:
                 if len(self._unwritten) < MAX_ROWS:
                     self._changed.wait(GATHER_SECONDS)
                 items = self._unwritten[:MAX_ROWS]
-            self._make_room(self._write(items))
+            self._forget(self._write(items))
 
 
 class Terminal(Recorder):
@@ -1284,7 +1294,7 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
         errno.EADDRNOTAVAIL: "--host must be an address of this machine",
         errno.EMFILE: "allow more open files: ulimit -n 1024",
     }.get(getattr(error, "errno", 0), "try another --host")
-    reason = protocol.reason_of(error)
+    reason = protocol.clean(protocol.reason_of(error))
     if isinstance(error, sqlite3.Error) or getattr(error, "filename", None):
         what, advice = f"use {options.database!r}", "choose another --database"
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:

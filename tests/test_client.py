@@ -857,6 +857,18 @@ def test_up_and_down_go_through_the_messages_but_no_menu_answers_and_names(
     assert bob.lines(2) == ["Alex: q "] * 2
 
 
+def test_up_finds_pasted_lines(small_chat: Chat) -> None:
+    alex, bob = small_chat
+
+    for first, last in ("1", "2"), ("3", "4"):
+        alex.type(paste(first, last, ""))
+        assert bob.lines(2) == [f"Alex: {first}", f"Alex: {last}"]
+        alex.type(UP)
+        wait_for_prompt(alex, f"You: {last}")
+        alex.type(DOWN)
+        wait_for_prompt(alex, "You:")
+
+
 def test_tab_completes_the_names_that_were_seen(puppet: Puppet) -> None:
     alex = puppet.terminal(at="name")
     alex.type(f"Alex{ENTER}")
@@ -1406,9 +1418,10 @@ protocol.decode_shown = lambda line: 1 / 0 if b"online: Alex" in line else decod
         (paste("1", "q", "Q", "", "4", "5x") + BACKSPACE, ["1", "q ", "Q ", "4", "5"]),
         (paste("q"), ["q "]),
         (f"ad{LEFT_KEY}{paste('b', 'c')}", ["ab", "cd"]),
+        (f"a b{paste()}c{paste('', 'd')}", ["a bc", "d"]),
         (paste("\t\x1b[31mc\x00\x07\x04d"), ["    \ufffd[31mc\ufffd\ufffd\ufffdd"]),
     ],
-    ids=["five lines", "q", "between two halves", "control characters"],
+    ids=["five lines", "q", "between two halves", "nothing", "control characters"],
 )
 def test_pasted_q_is_text_as_all_that_is_pasted(
     small_chat: Chat, keys: str, said: list[str]

@@ -25,6 +25,7 @@ from unittest.mock import Mock
 import pytest
 from helpers import (
     HANG_SECONDS,
+    SMALL_BUFFER,
     LineReader,
     Peer,
     Room,
@@ -319,6 +320,23 @@ def test_newcomers_miss_nothing_and_get_nothing_twice(start: StartFileRoom) -> N
         assert said == list(range(said[0], said[-1] + 1))
         past = sum(line.startswith("* [") for line in lines)
         assert past == min(20, said[0] + past)
+
+
+def test_a_newcomer_that_reads_slowly_misses_nothing_behind_its_welcome(
+    start: StartFileRoom, path: Path
+) -> None:
+    fill(path, ["x" * 4000] * 20)
+    room = start(small_buffers=True, lines_per_second=0)
+    alex, bob = room.member("Alex"), room.member("Bob")
+    slow = room.connect(receive_buffer=SMALL_BUFFER)
+    slow.say("Slow")
+    bob.gather("* Slow has joined the chat.".__eq__)
+
+    for text in numbers(100):
+        alex.say(text)
+        assert bob.line() == f"Alex: {text}"
+
+    assert slow.lines(121)[21:] == [f"Alex: {text}" for text in numbers(100)]
 
 
 def test_what_was_said_and_who_keeps_a_name_outlast_a_restart(
