@@ -54,7 +54,7 @@ CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0  # that a hanging server, or connecting again, holds up the leaving
 READ_BYTES = 65536  # at once
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
-FOR_EVER = float("inf")
+FOREVER = float("inf")
 PASTE_SECONDS = 2.0  # without a key: the end of a paste will not come any more
 MAX_TYPED_CHARS = 1024 * 1024  # in one paste: what comes after is left out
 MAX_TYPED_AHEAD = 4096  # keys or lines; the rest waits in the system
@@ -138,7 +138,7 @@ class ChatClient:
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now
         self._hurries = False  # leaving, and does not wait for a server that hangs
-        self._deadline = FOR_EVER  # until which it is waited for
+        self._deadline = FOREVER  # until which it is waited for
         self._connect(CONNECT_SECONDS)
 
     def _connect(self, seconds: float) -> None:
@@ -309,7 +309,7 @@ class ChatClient:
             if now >= self._deadline:
                 raise LeaveAtOnce
             self._terminal.watch(self._deadline - now, writable)
-        self._deadline = FOR_EVER
+        self._deadline = FOREVER
 
     def _leave(self, leave: Leave) -> None:
         """Say goodbye, and wait until the server has read all and closes."""
@@ -545,13 +545,13 @@ class Terminal:
                 return ""
             if self._input_ended:
                 raise Leave
-            self.watch(0 if _WINDOWS else FOR_EVER)
+            self.watch(0 if _WINDOWS else FOREVER)
             if _WINDOWS:  # where select() takes sockets only
                 self._read_keyboard()
         return self._ahead.popleft()
 
     def watch(self, seconds: float, writable: Sequence[socket.socket] = ()) -> None:
-        """Wait for keys, a wake-up or a signal, and take them, or until one can write.
+        """Wait for keys, a wake-up or a signal and take them, or for a writable socket.
 
         Raises LeaveAtOnce on Ctrl-C, SystemExit for the other signals that end it.
         """
@@ -559,7 +559,7 @@ class Terminal:
         inputs = [self._woken] if deaf else [self._woken, self._keyboard]
         if self._reader.pasting:
             seconds = min(seconds, self._read_at + PASTE_SECONDS - time.monotonic())
-        timeout = None if seconds == FOR_EVER else max(0.0, seconds)
+        timeout = None if seconds == FOREVER else max(0.0, seconds)
         readable = select.select(inputs, writable, [], timeout)[0]
         if self._woken in readable:
             self._woken.recv(READ_BYTES)

@@ -999,7 +999,7 @@ class Recorder:
         raise NotImplementedError
 
     def put(self, items: Sequence[Any]) -> bool:
-        """Queue as many items as there is room for; tell whether all.  Never waits."""
+        """Queue as many items as there is room for; return whether all.  Never waits."""
         with self._changed:
             if not self._unwritten:
                 self._changed.notify_all()
