@@ -289,8 +289,7 @@ class ChatServer:
         client_socket, address = self._listener.accept()
         # macOS has no address for a peer that is gone again.
         client = _Client(client_socket, _format_address(address or ("unknown", 0)))
-        # A daemon, as the broadcaster is: a bug in the shutdown, which joins both, must
-        # not keep the program from its end.
+        # A daemon, so that a bug in the shutdown ends the program; as the broadcaster is.
         handler = client.thread = threading.Thread(
             target=self.handle_client, args=(client_socket,), daemon=True
         )
