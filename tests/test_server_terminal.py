@@ -69,6 +69,7 @@ def test_the_terminal_shows_one_line_for_each_event(
     alex.gather("Bob (private): secret".__eq__)
     carol = chat.connect()
     assert "full" in carol.line()
+    assert carol.rest() == []
     bob.lines(3)
     bob.reset()
     assert alex.line() == "* Bob has left the chat."
