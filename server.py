@@ -385,7 +385,7 @@ class ChatServer:
                     self._say(client)
                     del lines[: len(batch)]
                     used_until += len(batch) / rate
-                elif closed.wait(THROTTLE_PAUSE_SECONDS) or client.dropped:
+                elif closed.wait(THROTTLE_PAUSE_SECONDS):
                     return
                 if lines and client.is_gone():
                     read_until = min(read_until, now + GONE_SECONDS)
