@@ -14,11 +14,13 @@ import select
 import signal
 import subprocess
 import termios
+import threading
 import time
 import tty
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from helpers import HANG_SECONDS
@@ -220,6 +222,22 @@ class Terminal:
                 self._read()
             if ready[1]:
                 data = data[os.write(self._master, data) :]
+
+    @contextmanager
+    def holding(self, key: str) -> Iterator[None]:
+        """Hold a key down meanwhile."""
+        released = threading.Event()
+
+        def hold() -> None:
+            while not released.wait(0.02):
+                os.write(self._master, key.encode())
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(hold)
+            try:
+                yield
+            finally:
+                released.set()
 
     def resume(self) -> None:
         """Say fg to the shell."""

@@ -1189,6 +1189,16 @@ def test_what_is_typed_ahead_is_not_left_for_the_shell(
     assert alex.output.count("Leaving the chat...") == 1
 
 
+def test_held_key_does_not_keep_the_client_from_ending(puppet: Puppet) -> None:
+    alex = puppet.terminal(impatient(0.1))
+
+    with alex.holding("x"):
+        alex.type(f"\x15q{ENTER}")
+        status = alex.status()
+
+    assert status == 0
+
+
 # The first connection is made; each later one hangs until something is typed.
 HANGING_CONNECT = """
 connect = client.socket.create_connection

@@ -189,6 +189,7 @@ def test_answers_that_are_not_read_are_bounded_and_disturb_no_conversation(
             alex.say("hi")
             read += bob.until("Alex: hi")
 
+    flooding.result()  # its connection has been reset
     assert (read or [bob.line()]) == [left("Slow")]
 
 
