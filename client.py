@@ -21,7 +21,6 @@ if __name__ == "__main__":
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit("client.py: needs Python 3.11 or newer (try python3.11 client.py)")
 
-import argparse
 import codecs
 import getpass
 import os
@@ -38,7 +37,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
-from typing import Self
 
 import protocol
 
@@ -101,7 +99,7 @@ def client_program() -> int:
     options = flags.parse_args()
     terminal = None
     try:
-        terminal = Terminal(options)
+        terminal = Terminal(options.times, options.bell)
         client = ChatClient(options.host, options.port, terminal)
     except (OSError, RuntimeError, ValueError) as error:
         if terminal:
@@ -133,7 +131,7 @@ class ChatClient:
 
     def __init__(self, host: str, port: int, terminal: Terminal) -> None:
         """Connect.  Raises what _connect does, ValueError if there is no such host."""
-        self._address = (host, port)
+        self._address = (host.strip("[]"), port)  # of IPv6, also in brackets
         self._terminal = terminal
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now
@@ -409,8 +407,8 @@ class Terminal:
     Threads: all but show() and wake() is the main thread's.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._options = options
+    def __init__(self, times: bool, bell: bool) -> None:
+        self._times, self._bell = times, bell
         self._keyboard, self._screen = sys.stdin.fileno(), sys.stdout.fileno()
         self.person = sys.stdin.isatty()
         has_modes = termios and self.person
@@ -441,7 +439,7 @@ class Terminal:
         self._signals: deque[int] = deque()  # that have come
         self.ending = False  # one of them ends the program
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> None:
         # A Python handler runs on the main thread, between two steps of it; the byte
         # that the signal itself writes ends the wait in watch().
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
@@ -450,7 +448,6 @@ class Terminal:
             for number in signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *_JOB_SIGNALS:
                 signal.signal(number, self._note_signal)
         self._set_modes(self._off)
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.empty_keyboard()
@@ -703,8 +700,8 @@ class Terminal:
         names = [name, *(_NAMES.findall(told) if mark == "*" else [])]
         self._names += [n for n in names if 0 < len(n) <= protocol.MAX_NAME_CHARS]
         rings = private or name and self._mention.search(text)
-        bell = "\a" if rings and self._options.bell and sys.stdout.isatty() else ""
-        now = time.strftime("%H:%M ") if self._options.times else ""
+        bell = "\a" if rings and self._bell and sys.stdout.isatty() else ""
+        now = time.strftime("%H:%M ") if self._times else ""
         if self._colours:
             said = text if mark else self._mention.sub("\x1b[1m\\g<0>\x1b[22m", text)
             if mark or private:

@@ -230,14 +230,12 @@ class CommandLine(argparse.ArgumentParser):
     """Reads flags; --help shows each with its default, an error is one line."""
 
     def __init__(self, description: str) -> None:
-        form = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(
-            description=description, formatter_class=form, allow_abbrev=False
-        )
+        super().__init__(description=description, allow_abbrev=False)
+        self.formatter_class = argparse.ArgumentDefaultsHelpFormatter
 
     def add_address(self, host: str, lowest_port: int, port: str) -> None:
         """Add --host and --port; host, port: what --help says of them."""
-        self.add_argument("--host", type=host_name, default=DEFAULT_HOST, help=host)
+        self.add_argument("--host", default=DEFAULT_HOST, help=host)
         self.add_number("--port", lowest_port, 65535, DEFAULT_PORT, port, "PORT")
 
     def add_number(
@@ -259,8 +257,3 @@ class CommandLine(argparse.ArgumentParser):
         """Say what is wrong in one line on stderr, and exit with status 2."""
         reason = clean(f"{self.prog}: {message} (--help explains the flags)")
         self.exit(2, f"{reason}\n")
-
-
-def host_name(text: str) -> str:
-    """Return a host as a socket takes it: an IPv6 address without its brackets."""
-    return text[1:-1] if text.startswith("[") and text.endswith("]") else text

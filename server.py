@@ -51,7 +51,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -492,13 +491,11 @@ class ChatServer:
         """
         sender = self._connections[sender_socket]
         texts = message.split("\n")
-        lines = [f"{sender.name}: {text}\n" for text in texts]
-        told = [
-            f"Received message from {line}" for line in lines if self._tell_messages
-        ]
+        said = [f"{sender.name}: {text}\n" for text in texts]
+        told = [f"Received message from {line}" for line in said if self._tell_messages]
         if self._database:
             self._database.wait_for_room(len(texts))
-        encoded = "".join(lines).encode(protocol.ENCODING)
+        encoded = "".join(said).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), "".join(told).removesuffix("\n"), texts)
 
     def _reply(self, client: _Client, line: bytes) -> None:
@@ -934,9 +931,10 @@ class _Selector(selectors.DefaultSelector):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a listener on an address of the host."""
+    """Return a listener on an address of the host, which may be an IPv6 one in []."""
     # As bytes: of a text that can be no name, Python makes an error of another kind.
-    addresses = socket.getaddrinfo(os.fsencode(host), port, type=socket.SOCK_STREAM)
+    name = os.fsencode(host.strip("[]"))
+    addresses = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     # IPv4 if the host has both, as the default host is.
     family, *_, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
     # It sets SO_REUSEADDR where that lets a restarted server have its port at once.
@@ -1209,13 +1207,12 @@ class Database(Recorder):
         client: who waits for it.  Raises ProtocolError if that does not wait any longer.
         """
         salt = account[:SALT_BYTES] or secrets.token_bytes(SALT_BYTES)
-        scrypt = partial(hashlib.scrypt, password, salt=salt, **SCRYPT)
         with suppress(RuntimeError):  # closed already
-            hashing = self._hashing.submit(scrypt)
+            hashed = self._hashing.submit(hashlib.scrypt, password, salt=salt, **SCRYPT)
             while not (client.dropped or self._stopped or client.is_gone()):
                 with suppress(TimeoutError):
-                    return salt + hashing.result(HASH_PAUSE_SECONDS)
-            hashing.cancel()
+                    return salt + hashed.result(HASH_PAUSE_SECONDS)
+            hashed.cancel()
         raise ProtocolError("There was no time for the password.")
 
 

@@ -136,8 +136,8 @@ older-python-not-told: test_an_older_python_is_told_what_is_needed
 - if sys.version_info < (3, 11):
 + if False:
 odd-host-name-with-a-traceback: test_an_unknown_host_is_explained_in_one_line
-- os.fsencode(host), port
-+ host, port
+- os.fsencode(host.strip("[]"))
++ host.strip("[]")
 stdout-must-be-there: test_the_server_runs_without_a_stdout
 - sys.stdout or open(os.devnull, "w")  # noqa: SIM115
 + sys.stdout
@@ -496,7 +496,7 @@ own-name-like-any-word: test_private_messages_and_the_own_name_stand_out
 - rf"(?<!\w){re.escape(unicodedata.normalize('NFKC', name))}(?!\w)"
 + re.escape(name)
 times-left-out: test_times_stand_before
-- time.strftime("%H:%M ") if self._options.times else ""
+- time.strftime("%H:%M ") if self._times else ""
 + ""
 window-size-not-followed: test_change_of_the_windows_size_keeps
 - columns, rows = os.get_terminal_size(self._screen)

@@ -329,11 +329,3 @@ def test_a_number_that_is_none_or_out_of_its_limits_is_one_line(
 
     (line,) = capsys.readouterr().err.splitlines()
     assert f"is not a whole number, {lowest} to 10" in line
-
-
-@pytest.mark.parametrize(
-    ("text", "host"),
-    [("[::1]", "::1"), ("::1", "::1"), ("a", "a"), ("[", "["), ("", "")],
-)
-def test_an_ipv6_address_may_have_brackets(text: str, host: str) -> None:
-    assert protocol.host_name(text) == host
