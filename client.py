@@ -422,7 +422,7 @@ class Terminal:
         self._prompt = ""  # of the line being typed, if one is
         self._shown = ("", "")  # of prompt and line on the screen, around the cursor
         self._sent: deque[str] = deque(maxlen=REMEMBERED)
-        self._line = self.draft = Line(earlier=self._sent)  # waits during questions
+        self._line = self.draft = Line()  # waits during questions
         self._mention = re.compile("(?!)")  # the person's own name, once it is known
         self._names: deque[str] = deque(maxlen=100 * REMEMBERED)  # as often as seen
         self._reader = KeyReader(self._edits)
@@ -494,7 +494,7 @@ class Terminal:
             self._unconfirmed = []
             if line.text.strip().lower() in ("y", "yes"):
                 self._pasted += lines
-                self.draft = Line("", self.draft.after, self._sent)
+                self.draft = Line("", self.draft.after)
             return ""
         leaves = _QUIT.fullmatch(line.text)
         if key == "\x04" or leaves and not line.is_text:
@@ -502,7 +502,7 @@ class Terminal:
         if prompt == MESSAGE and line.text.strip():
             self._sent.append(line.text)
         if line is self.draft:
-            self.draft = Line(earlier=self._sent)
+            self.draft = Line()
         # With a blank behind it a q is a message.
         return f"{line.text} " if leaves else line.text
 
@@ -516,7 +516,7 @@ class Terminal:
         elif key.startswith(_PASTE):
             self._paste(key.removeprefix(_PASTE))
         else:
-            self._line.edit(key)
+            self._line.edit(key, self._sent if self._prompt == MESSAGE else ())
         if not self._ahead:  # of many keys draw the last only
             self._draw()
 
@@ -532,7 +532,7 @@ class Terminal:
             self._unconfirmed, self._line = lines, Line()
             self._prompt = f"Send {len(lines)} lines? [y/N] "
         elif more:
-            self._line = self.draft = Line(more[-1], self._line.after, self._sent)
+            self._line = self.draft = Line(more[-1], self._line.after)
             self._pasted += lines[:-1] if more[-1].strip() else lines  # ended ones
 
     def _next(self, until: Fact) -> str:
@@ -814,23 +814,19 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
 class Line:
     """What is typed at a prompt, before and after the cursor, and how keys change it."""
 
-    def __init__(
-        self, pasted: str = "", after: str = "", earlier: Sequence[str] = ()
-    ) -> None:
-        """earlier: what Up goes through, the latest last."""
+    def __init__(self, pasted: str = "", after: str = "") -> None:
         self.before, self.after = pasted, after
         self.is_text = pasted != ""  # a q in it too: pasted or recalled just now
-        self._earlier = earlier
-        self._drafts: list[str] = []  # a copy of it and this line, once Up is pressed
-        self._recalled = -1  # in the copy
+        self._drafts: list[str] = []  # earlier lines and this one, once Up is pressed
+        self._recalled = -1  # among them
         self._fitting: Iterator[str] | None = None  # names, for Tab once more
 
     @property
     def text(self) -> str:
         return self.before + self.after
 
-    def edit(self, key: str) -> None:
-        """Do what a key asks for; one without a meaning does nothing."""
+    def edit(self, key: str, earlier: Sequence[str] = ()) -> None:
+        """Do what a key asks for, if anything; Up goes through the earlier lines."""
         self.is_text, self._fitting = False, None
         text, start = self.text, len(self.before)
         if key in _KEYS:
@@ -839,7 +835,7 @@ class Line:
             self.before = text[: min(start, end) if cuts else end]
             self.after = text[max(start, end) if cuts else end :]
         elif key in _RECALLS:
-            self._drafts = self._drafts or [*self._earlier, ""]
+            self._drafts = self._drafts or [*earlier, ""]
             self._drafts[self._recalled] = text
             recalled = self._recalled + _RECALLS[key]
             self._recalled = min(max(-len(self._drafts), recalled), -1)
