@@ -153,9 +153,9 @@ class ChatClient:
         # nothing.  What it says before the first line is no answer, and passed over: so
         # this begins as if something had been answered.
         self._answer = "! Nothing was asked."
-        args = (self._socket,)
-        self._receiver = threading.Thread(target=self.receive_messages, args=args)
-        self._receiver.start()
+        receiver = threading.Thread(target=self.receive_messages, args=(self._socket,))
+        receiver.start()
+        self._receiver = receiver
 
     def run(self) -> int:
         """Run the session and return the exit status."""
@@ -333,8 +333,7 @@ class ChatClient:
         """Close the connection and end the receiver; again does nothing."""
         with suppress(OSError):  # the server was quicker
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the receiver
-        if self._receiver.is_alive():
-            self._receiver.join()
+        self._receiver.join()
         self._socket.close()
         self._joined = False
 
@@ -377,10 +376,8 @@ class ChatClient:
         return True
 
 
-# The local modes that are off while we get key by key (Ctrl-C and Ctrl-Z stay signals),
-# and while a password is typed on a plain terminal.
+# The local modes that are off while we get key by key; Ctrl-C and Ctrl-Z stay signals.
 _EDITED = termios.ICANON | termios.ECHO | termios.IEXTEN if termios else 0
-_HIDDEN = termios.ECHO if termios else 0
 # Red is for refusals, magenta for private messages.
 _NAME_COLOURS = (32, 33, 34, 36, 92, 93, 94, 96)
 _STYLES = {"*": 2, "!": 31, "?": 1, "private": 35}
@@ -457,8 +454,8 @@ class Terminal:
 
     def ask(self, prompt: str, until: Fact = NEVER) -> str:
         """Return the line that is typed, "" once `until` is so.  Raises Leave."""
-        if not self._edits:
-            self._off = _HIDDEN if prompt == PASSWORD else 0
+        if self._modes and not self._edits:
+            self._off = termios.ECHO if prompt == PASSWORD else 0
             self._set_modes(self._off)
             if prompt == PASSWORD:  # of which a half line, typed ahead, is no part
                 self.empty_keyboard(self._off)
@@ -846,7 +843,6 @@ class Line:
 
     def complete(self, names: list[str]) -> None:
         """Complete one of the names; once more: the next one that fits."""
-        self.is_text = False
         # Once more, the name that was put in is the stem, and is replaced.
         stem = self.before.rpartition(" ")[2]
         if self._fitting is None:
