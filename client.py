@@ -295,14 +295,12 @@ class ChatClient:
         It is looked at after every wake(), and whenever one of `writable` takes more.
         Raises LeaveAtOnce if that takes LEAVE_SECONDS while the person wants to leave.
         """
-        # What came from a pipe is delivered, however long that takes.
-        piped = self._joined and not self._terminal.person
         self._terminal.heed_signals()  # also if there is nothing to wait for
         while not fact():
             if self._end and not fact():  # what came right before the end counts
                 raise self._end
             now = time.monotonic()
-            if self._hurries or not piped and self._terminal.wants_to_leave():
+            if self._hurries or self._terminal.wants_to_leave(self._joined):
                 self._deadline = min(self._deadline, now + LEAVE_SECONDS)
             if now >= self._deadline:
                 raise LeaveAtOnce
@@ -447,10 +445,9 @@ class Terminal:
         self._set_modes(self._off)
 
     def __exit__(self, *exception: object) -> None:
-        self.empty_keyboard()
-        signal.set_wakeup_fd(-1)
-        self._waker.close()
-        self._woken.close()
+        with self._waker, self._woken:  # and close them
+            self.empty_keyboard()
+            signal.set_wakeup_fd(-1)
 
     def ask(self, prompt: str, until: Fact = NEVER) -> str:
         """Return the line that is typed, "" once `until` is so.  Raises Leave."""
@@ -576,10 +573,10 @@ class Terminal:
         self._read_at = time.monotonic()
         return chunk != b""
 
-    def wants_to_leave(self) -> bool:
+    def wants_to_leave(self, in_chat: bool = True) -> bool:
         """Tell whether the person has asked to leave in what is typed ahead."""
-        if not self.person:  # what is in a pipe is used up first
-            return self._input_ended and not self._ahead
+        if not self.person:  # in the chat all of a pipe is delivered, however slowly
+            return not (in_chat or self._ahead) and self._input_ended
         if not self._edits:
             return self._input_ended or any(map(_QUIT.fullmatch, self._ahead))
         line = Line()
@@ -844,12 +841,11 @@ class Line:
     def complete(self, names: list[str]) -> None:
         """Complete one of the names; once more: the next one that fits."""
         # Once more, the name that was put in is the stem, and is replaced.
-        stem = self.before.rpartition(" ")[2]
+        head, space, stem = self.before.rpartition(" ")
         if self._fitting is None:
             key, start = protocol.name_key, protocol.name_key(stem)
             self._fitting = cycle([n for n in names if key(n).startswith(start)])
-        no_name = stem + protocol.clean("\t")
-        self.before = self.before.removesuffix(stem) + next(self._fitting, no_name)
+        self.before = head + space + next(self._fitting, stem + protocol.clean("\t"))
 
 
 # Where a key takes the cursor, to the left (by is negative) or to the right.  A character

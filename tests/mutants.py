@@ -386,8 +386,8 @@ endless-line-not-shown: test_lines_in_pieces_are_shown_whole
 - protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
 + protocol.LineSplitter(1 << 30)
 closes-before-the-server: test_all_that_was_piped_reaches
-- not piped and self._terminal.wants_to_leave()
-+ self._terminal.wants_to_leave()
+- return not (in_chat or self._ahead) and
++ return not self._ahead and
 sending-not-watched: test_server_that_hangs_holds_up_the_leaving
 - self._wait(is_sent, [self._socket])
 + self._socket.sendall(unsent)
@@ -548,9 +548,9 @@ rest-of-a-paste-left-for-the-shell: test_paste_that_goes_on_after_the_end
 - PASTE_SECONDS if self._reader.pasting else QUIET_SECONDS
 + QUIET_SECONDS
 modes-not-restored: test_leaving_at_a_terminal
--         self.empty_keyboard()
--         signal.set_wakeup
-+         signal.set_wakeup
+-             self.empty_keyboard()
+-             signal.set_wakeup
++             signal.set_wakeup
 modes-not-restored-by-second-ctrl-c: test_what_is_typed_ahead
 -                 self.empty_keyboard()
 -                 os._exit
