@@ -200,10 +200,6 @@ class ChatClient:
             self._status = 1  # until it is in
         self._check_connection()
         while not self._joined:
-            if self._is_asked():
-                # Never on a new connection: there it would be taken for a name.
-                self._exchange(self._terminal.ask(PASSWORD))
-                continue
             offer = f" [{self._name}]" if self._name else ""
             answer = self._terminal.ask(f"Enter your username{offer}: ")
             if not (name := protocol.clean(answer).strip() or self._name):
@@ -217,6 +213,9 @@ class ChatClient:
             except ConnectionLost:  # between that look and now
                 self._check_connection()
                 self._exchange(name)
+            while self._is_asked():
+                # Never on a new connection: there it would be taken for a name.
+                self._exchange(self._terminal.ask(PASSWORD))
         self._status, self._name = 0, name
 
     def _check_connection(self) -> None:
@@ -445,7 +444,7 @@ class Terminal:
         self._set_modes(self._off)
 
     def __exit__(self, *exception: object) -> None:
-        with self._waker, self._woken:  # and close them
+        with self._waker, self._woken:  # which this closes
             self.empty_keyboard()
             signal.set_wakeup_fd(-1)
 
@@ -477,8 +476,7 @@ class Terminal:
             self._line = Line(self._pasted.popleft())
             return self._answer("\r")
         finally:
-            if self._prompt:
-                self._end_line()
+            self._end_line()  # if it has not ended yet
 
     def _answer(self, key: str) -> str:
         """Return the line that this key ends.  Raises Leave if the person leaves."""
