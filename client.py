@@ -322,7 +322,7 @@ class ChatClient:
             self._terminal.show("The server does not answer.")
         elif self._joined and str(self._end) != CLOSED and not self._terminal.person:
             self._terminal.show(f"Connection lost: {self._end}.")
-            self._status = self._status or 1  # what has arrived is not known
+            self._status = 1  # what has arrived is not known
         self._hang_up()
         self._terminal.show("Connection closed.")
 
@@ -332,7 +332,6 @@ class ChatClient:
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the receiver
         self._receiver.join()
         self._socket.close()
-        self._joined = False
 
     def receive_messages(self, client_socket: socket.socket) -> None:
         """Show what comes until the connection ends.  Runs in the receiver thread."""
