@@ -935,8 +935,7 @@ def _listen(host: str, port: int) -> socket.socket:
     # As bytes: of a text that can be no name, Python makes an error of another kind.
     name = os.fsencode(host.strip("[]"))
     addresses = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    # IPv4 if the host has both, as the default host is.
-    family, *_, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
+    family, *_, address = min(addresses)  # IPv4 if the host has both
     # It sets SO_REUSEADDR where that lets a restarted server have its port at once.
     listener = socket.create_server(address, family=family, backlog=LISTEN_BACKLOG)
     listener.setblocking(False)
@@ -1084,6 +1083,7 @@ _READ_MESSAGES = """
     ORDER BY id DESC LIMIT ?
 """
 _READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
+_WHEN = "[%Y-%m-%d %H:%M]"  # a message of the past was said
 
 
 class Database(Recorder):
@@ -1113,7 +1113,8 @@ class Database(Recorder):
         # does their order.
         self.last: deque[str] = deque(maxlen=MAX_HISTORY)
         for at, name, text in file.execute(_READ_MESSAGES, [MAX_HISTORY]):
-            self.last.appendleft(protocol.clean(f"{_author(at, name)}{text}"))
+            when = time.strftime(_WHEN, time.localtime(at))
+            self.last.appendleft(protocol.clean(f"{when} {name}: {text}"))
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
         # In threads of their own, in turn: each thread keeps the 16 MiB that it has used.
@@ -1151,7 +1152,7 @@ class Database(Recorder):
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
-        author = _author(at, name)
+        author = f"{time.strftime(_WHEN)} {name}: "
         self.last += [author + text for text in texts]
         with self._changed:
             self._due -= len(texts)
@@ -1223,11 +1224,6 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         path, timeout=busy_seconds, isolation_level=None, check_same_thread=False,
         cached_statements=4,  # one of MAX_ROWS takes some 400 kB
     )  # fmt: skip
-
-
-def _author(at: float, name: str) -> str:
-    """Return what stands before a message of the past: its time, and who said it."""
-    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: "
 
 
 def _parse_arguments() -> argparse.Namespace:
