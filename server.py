@@ -1152,7 +1152,7 @@ class Database(Recorder):
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
-        author = f"{time.strftime(_WHEN)} {name}: "
+        author = f"{time.strftime(_WHEN, time.localtime(at))} {name}: "
         self.last += [author + text for text in texts]
         with self._changed:
             self._due -= len(texts)
