@@ -1078,10 +1078,8 @@ _SCHEMA = """
 _COLUMNS = [("id", "INTEGER"), ("at", "REAL"), ("name", "TEXT"), ("text", "TEXT")]
 _READ_COLUMNS = "SELECT name, type FROM pragma_table_info('messages')"
 # (Another program may have written times there that no clock shows.)
-_READ_MESSAGES = """
-    SELECT at, name, text FROM messages WHERE at BETWEEN 0 AND 1e11
-    ORDER BY id DESC LIMIT ?
-"""
+_READ_MESSAGES = """SELECT at, name, text FROM messages WHERE at BETWEEN 0 AND 1e11
+    ORDER BY id DESC LIMIT ?"""
 _READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
 _WHEN = "[%Y-%m-%d %H:%M]"  # a message of the past was said
 
