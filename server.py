@@ -1224,20 +1224,6 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     )  # fmt: skip
 
 
-def _parse_arguments() -> argparse.Namespace:
-    flags = protocol.CommandLine("A chat room over plain TCP. Ctrl-C ends it.")
-    host = "name or address to listen on; 0.0.0.0 lets the whole network in"
-    flags.add_address(host, 0, "TCP port to listen on; 0 takes a free one")
-    flags.add_number("--max-clients", 1, 10**6, MAX_CLIENTS, "connections at most")
-    rate = f"lines a second per client, {BURST_SECONDS}-fold in a burst; 0: no limit"
-    flags.add_number("--rate", 0, 10**6, LINES_PER_SECOND, rate)
-    flags.add_argument("--quiet", action="store_true", help="do not print what is said")
-    flags.add_argument("--times", action="store_true", help="show when each line came")
-    database = "keep what is said, and names with a password, in this SQLite file"
-    flags.add_argument("--database", metavar="FILE", help=database)
-    return flags.parse_args()
-
-
 def _raise_open_file_limit(clients: int) -> None:
     """Make room for so many connections, as far as the system allows."""
     # Windows has no such limit, and macOS one of its own below "unlimited".
@@ -1294,7 +1280,17 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
 
 def main() -> int:
     """Run the server; return its exit status."""
-    options = _parse_arguments()
+    flags = protocol.CommandLine("A chat room over plain TCP. Ctrl-C ends it.")
+    host = "name or address to listen on; 0.0.0.0 lets the whole network in"
+    flags.add_address(host, 0, "TCP port to listen on; 0 takes a free one")
+    flags.add_number("--max-clients", 1, 10**6, MAX_CLIENTS, "connections at most")
+    rate = f"lines a second per client, {BURST_SECONDS}-fold in a burst; 0: no limit"
+    flags.add_number("--rate", 0, 10**6, LINES_PER_SECOND, rate)
+    flags.add_argument("--quiet", action="store_true", help="do not print what is said")
+    flags.add_argument("--times", action="store_true", help="show when each line came")
+    database = "keep what is said, and names with a password, in this SQLite file"
+    flags.add_argument("--database", metavar="FILE", help=database)
+    options = flags.parse_args()
     _raise_open_file_limit(options.max_clients)
     terminal = Terminal(times=options.times)
     try:
