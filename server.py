@@ -140,6 +140,7 @@ class _Client:
         # Its handler's own: the lines to come, and what it says in those that came.
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
+        self.refused = 0  # of its lines
         # The broadcaster's own.  Up to its place in the stream, an offset, a member has
         # been sent all.  Its own faces of entries stand further on: of each, the place
         # where it is sent, its text, and the place where the client goes on then.
@@ -337,9 +338,8 @@ class ChatServer:
         try:
             _set_options(client_socket)
             client.lines = self._read_lines(client)
-            if self._ask_name(client):
-                for line in client.lines:
-                    self._obey(client, line)
+            for line in client.lines:
+                self._obey(client, line)
         except OSError as error:
             client.lost = protocol.reason_of(error)
         except Exception:  # noqa: BLE001
@@ -391,42 +391,50 @@ class ChatServer:
                     if now > read_until:
                         raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
-    def _ask_name(self, client: _Client) -> bool:
-        """Read until a line is a name that may be used; False if none comes."""
-        for tried in range(1, MAX_NAMES_TRIED + 1):
-            try:
-                texts = map(protocol.decode_message, client.lines)
-                text = next(filter(None, texts), "")  # blank lines are passed over
-                return bool(text) and self._admit(client, protocol.check_name(text))
-            except ProtocolError as error:
-                reason = str(error)
-            if tried == MAX_NAMES_TRIED:
+    def _obey(self, client: _Client, line: bytes) -> None:
+        """Take a name from a client; then note what it says, or do what it asks for."""
+        try:
+            said = protocol.decode_message(line)
+            command, text = protocol.split_command(said)
+            if said and not client.name:
+                self._admit(client, protocol.check_name(said))
+            elif command:
+                self._say(client)
+                if command not in self._commands:
+                    word = command[: protocol.MAX_NAME_CHARS]  # our client looks for it
+                    reason = "is no command: see /help (//TEXT says /TEXT)."
+                    raise ProtocolError(f"{word} {reason}")
+                self._commands[command][0](self, client, text)
+            elif text:
+                client.said.append(text)
+        except ProtocolError as error:
+            self._say(client)
+            reason = str(error)
+            client.refused += 1
+            if (tried := client.refused) == MAX_NAMES_TRIED and not client.name:
                 reason += f" ({tried} of {tried} tries on this connection)"
-            self._tell(f"Refused {client}: {reason}")
+                client.dropped = "all its names were refused"
+            self._tell(f"Refused a line from {client}: {reason}")
             self._reply(client, protocol.refusal(reason))
-        return False
 
-    def _admit(self, client: _Client, name: str) -> bool:
-        """Make the client a member, if need be once it has said the password.
-
-        Returns False if the client ends instead; raises ProtocolError as _join() does.
-        """
+    def _admit(self, client: _Client, name: str) -> None:
+        """Make the client a member, if need be once it has said the password."""
         given = b""
         if self._database and (account := self._database.account(name)):
             self._check_free(name)
             question = f"The name {name} is kept for its owner. What is the password?"
             self._reply(client, protocol.question(question))
             if (line := next(client.lines, None)) is None:
-                return False
+                return
             given = self._database.hash(line, client, account)
-        return self._join(client, name, given)
+        self._join(client, name, given)
 
     def _check_free(self, name: str) -> None:
         if protocol.name_key(name) in self._owners:
             raise ProtocolError(f"The name {name} is taken.")
 
-    def _join(self, client: _Client, name: str, given: bytes) -> bool:
-        """Make the client a member; False if its connection has been ended meanwhile.
+    def _join(self, client: _Client, name: str, given: bytes) -> None:
+        """Make the client a member, unless its connection has been ended meanwhile.
 
         given: the account that the password of the client makes.  Raises ProtocolError
         if the name is taken, or kept by another password.
@@ -435,7 +443,7 @@ class ChatServer:
         with self._lock:
             # The wait comes first: what is looked at behind it stays as it is.
             if not self._broadcaster.wait_for_room() or client not in self._unjoined:
-                return False
+                return
             self._check_free(name)
             welcome = [self._greeting(name)]
             if self._database:
@@ -450,7 +458,6 @@ class ChatServer:
             entry = _Entry(client, protocol.notice(joined), notices, joins=True)
             self._tell(f"User {joined}")
             self._broadcaster.append(entry)
-        return True
 
     def _greeting(self, name: str) -> str:
         """Caller holds _lock."""
@@ -458,24 +465,6 @@ class ChatServer:
         more = len(self.clients) - MAX_NAMES_LISTED
         online = f"{names} and {more} more" if more > 0 else names
         return f"Welcome, {name}! /help lists the commands. Also online: {online}."
-
-    def _obey(self, client: _Client, line: bytes) -> None:
-        """Note what a member says, or do what it asks for."""
-        try:
-            command, text = protocol.split_command(protocol.decode_message(line))
-            if command:
-                self._say(client)
-                if command not in self._commands:
-                    word = command[: protocol.MAX_NAME_CHARS]  # our client looks for it
-                    reason = "is no command: see /help (//TEXT says /TEXT)."
-                    raise ProtocolError(f"{word} {reason}")
-                self._commands[command][0](self, client, text)
-            elif text:
-                client.said.append(text)
-        except ProtocolError as error:
-            self._say(client)
-            self._tell(f"Refused a line from {client}: {error}")
-            self._reply(client, protocol.refusal(error))
 
     def _say(self, client: _Client) -> None:
         """Pass on what a member has said in the lines that came together."""

@@ -41,8 +41,8 @@ Received message from Alex: a\ufffd[2J\ufffd\ufffd\ufffd\ufffd    z
 Private message from Alex to Alex
 Refused a line from Alex ({0}): That line is not UTF-8.
 New connection from {1}
-Refused {1}: A name is made of letters, digits, "_", "-" and ".".
-Refused {1}: That line is not UTF-8.
+Refused a line from {1}: A name is made of letters, digits, "_", "-" and ".".
+Refused a line from {1}: That line is not UTF-8.
 User Bob has joined the chat.
 Private message from Bob to Alex
 Disconnected {2}: The chat is full, please try again later.
