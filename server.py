@@ -147,7 +147,6 @@ class _Client:
         self.place = OUTSIDE
         self.faces: deque[tuple[int, bytes, int]] = deque()
         self.own_bytes = 0  # of memory, for these faces
-        self.unsent_bytes = 0  # that wait for it, while it is slow
 
     def __str__(self) -> str:
         return f"{self.name} ({self.peer})" if self.name else self.peer
@@ -650,7 +649,8 @@ class _Broadcaster(threading.Thread):
         self._stream = bytearray()
         self._end = 0
         self._clients: dict[_Client, None] = {}  # all that had an entry, until closed
-        self._slow: dict[_Client, None] = {}  # watched until their sockets take more
+        # Watched until their sockets take more → the bytes that wait for them.
+        self._slow: dict[_Client, int] = {}
         self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
         self._selector = _Selector()  # where the thread rests
         self._pass_again = False  # some members had their turn before the last look
@@ -737,7 +737,7 @@ class _Broadcaster(threading.Thread):
             self._stream += entry.to_others
             self._end += len(entry.to_others)
             self._taken += len(entry.to_others)
-            if client.unsent_bytes > MAX_UNSENT_BYTES / 2:
+            if self._slow.get(client, 0) > MAX_UNSENT_BYTES / 2:
                 self._taken += entry.size()
             self._queue_face(client, start, entry)
             self._clients[client] = None
@@ -829,7 +829,7 @@ class _Broadcaster(threading.Thread):
         elif client.place >= self._end and not client.faces:
             self._unwatch(client)
         elif client not in self._slow:
-            self._slow[client] = None
+            self._slow[client] = 0
             self._selector.register(client.socket, selectors.EVENT_WRITE, client)
 
     def _mind_slow_readers(self) -> None:
@@ -842,7 +842,7 @@ class _Broadcaster(threading.Thread):
         for client in tuple(self._slow):
             # Before its welcome has been sent, its place is not in the stream yet.
             first = min(client.place, client.faces[0][0] if client.faces else self._end)
-            unsent = client.unsent_bytes = self._end - first + client.own_bytes
+            unsent = self._slow[client] = self._end - first + client.own_bytes
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
             else:
@@ -881,7 +881,6 @@ class _Broadcaster(threading.Thread):
 
     def _unwatch(self, client: _Client) -> None:
         self._slow.pop(client, None)
-        client.unsent_bytes = 0
         with suppress(KeyError):
             self._selector.unregister(client.socket)
 
