@@ -714,7 +714,6 @@ class _Broadcaster(threading.Thread):
         """
         if self._outbox and time.monotonic() >= self._pass_at:
             self._take_in()
-            self._pass_again = True
         if self._pass_again:
             self._pass_again = False
             clients = [client for client in self._clients if client not in self._slow]
@@ -722,7 +721,6 @@ class _Broadcaster(threading.Thread):
             for first in range(0, len(clients), group):
                 if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
                     self._take_in()
-                    self._pass_again = True  # for those that have had their turn
                 self._give_turns(clients[first : first + group])
         self._mind_slow_readers()
 
@@ -732,6 +730,7 @@ class _Broadcaster(threading.Thread):
             entries, self._outbox = self._outbox, []
             self._outbox_bytes = 0
             self._has_room.notify()
+        self._pass_again = True  # also for those that have had their turn in this one
         for entry in entries:
             client, start = entry.client, self._end
             self._stream += entry.to_others
@@ -853,10 +852,10 @@ class _Broadcaster(threading.Thread):
         if not self._pass_again:  # all but the slow ones have been sent all
             del self._stream[: place - (self._end - len(self._stream))]
         pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
-        if self._taken:
-            fullness = min(1.0, self._taken / MAX_OUTBOX_BYTES)
-            self._pass_at = time.monotonic() + FULL_PASS_SECONDS * pressure * fullness
-            self._taken = 0
+        fullness = min(1.0, self._taken / MAX_OUTBOX_BYTES)
+        pause = FULL_PASS_SECONDS * pressure * fullness
+        self._pass_at = max(self._pass_at, time.monotonic() + pause)
+        self._taken = 0
 
     def _drop(self, client: _Client, why: str) -> None:
         client.dropped = f"too slow, {why}"
