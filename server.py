@@ -403,7 +403,8 @@ class ChatServer:
                     word = command[: protocol.MAX_NAME_CHARS]  # our client looks for it
                     reason = "is no command: see /help (//TEXT says /TEXT)."
                     raise ProtocolError(f"{word} {reason}")
-                self._commands[command][0](self, client, text)
+                for answer in self._commands[command][0](self, client, text):
+                    self._reply(client, protocol.notice(answer))
             elif text:
                 client.said.append(text)
         except ProtocolError as error:
@@ -508,15 +509,15 @@ class ChatServer:
                 self._database.remember(entry.client.name, said)
         return True
 
-    def _who(self, client: _Client, _: str) -> None:
+    def _who(self, client: _Client, _: str) -> Iterable[str]:
         with self._lock:
             names = list(self.clients)
         for first in range(0, len(names), MAX_NAMES_LISTED):
             head = "…" if first else f"{len(names)} online:"
             row = ", ".join(names[first : first + MAX_NAMES_LISTED])
-            self._reply(client, protocol.notice(f"{head} {row}"))
+            yield f"{head} {row}"
 
-    def _msg(self, client: _Client, rest: str) -> None:
+    def _msg(self, client: _Client, rest: str) -> Iterable[str]:
         name, _, text = rest.partition(" ")
         if not (text := text.lstrip()):
             raise ProtocolError("Write it like this: /msg NAME TEXT.")
@@ -524,41 +525,38 @@ class ChatServer:
             entry = _Entry(recipient, b"", protocol.private_message(client.name, text))
             told = f"Private message from {client.name} to {recipient.name}"
             if self._submit(entry, told):
-                return
+                return ()
         raise ProtocolError("Nobody here has that name.")
 
-    def _help(self, client: _Client, rest: str) -> None:
+    def _help(self, client: _Client, rest: str) -> Iterable[str]:
         for _, usage, effect in self._commands.values():
-            self._reply(client, protocol.notice(f"{usage}: {effect}"))
-        self._reply(client, protocol.notice("q, alone on its line: leaves the chat"))
+            yield f"{usage}: {effect}"
+        yield "q, alone on its line: leaves the chat"
 
-    def _history(self, client: _Client, rest: str) -> None:
+    def _history(self, client: _Client, rest: str) -> Iterable[str]:
         assert self._database
         number = rest.strip() or str(HISTORY_MESSAGES)
         if not number.isdecimal() or not int(number):
             raise ProtocolError("Write it like this: /history 50.")
         with self._lock:
             messages = list(self._database.last)[-int(number) :]
-        for message in messages or ["Nothing has been said yet."]:
-            self._reply(client, protocol.notice(message))
+        return messages or ["Nothing has been said yet."]
 
-    def _register(self, client: _Client, _: str) -> None:
+    def _register(self, client: _Client, _: str) -> Iterable[str]:
         assert self._database
         question = f"Which password shall keep the name {client.name} for you?"
         self._reply(client, protocol.question(question))
         if (line := next(client.lines, None)) is not None:
             account = self._database.hash(protocol.check_password(line), client)
             self._database.keep(client.name, account)
-            kept = f"The name {client.name} is now kept for you."
-            self._reply(client, protocol.notice(kept))
+            yield f"The name {client.name} is now kept for you."
 
-    def _unregister(self, client: _Client, _: str) -> None:
+    def _unregister(self, client: _Client, _: str) -> Iterable[str]:
         assert self._database
         if not self._database.account(client.name):
             raise ProtocolError(f"The name {client.name} is not kept.")
         self._database.keep(client.name, None)
-        free = f"The name {client.name} is no longer kept."
-        self._reply(client, protocol.notice(free))
+        yield f"The name {client.name} is no longer kept."
 
     def remove_client(self, client_socket: socket.socket) -> None:
         """Take a client off the list, tell the others that a member has left, hand over.
