@@ -296,7 +296,13 @@ class ChatServer:
             self._connections[client_socket] = client
             self._unjoined[client] = time.monotonic() + JOIN_SECONDS
             if len(self.clients) + len(self._unjoined) > self._max_clients:
-                self._make_room(client)
+                # The one that waits to join for longest makes room.  If all are members,
+                # or too many handlers have still to end, the newcomer is turned away.
+                leaver = next(iter(self._unjoined))
+                why = "This connection has not joined, and others need the room."
+                if leaver is client or len(self._connections) > 2 * self._max_clients:
+                    leaver, why = client, f"{protocol.FULL}, please try again later."
+                self._drop_unjoined(leaver, why)
         try:
             if not client.dropped:
                 handler.start()
@@ -307,17 +313,6 @@ class ChatServer:
         finally:
             if not handler.ident:  # it will not do so
                 self.remove_client(client_socket)
-
-    def _make_room(self, newcomer: _Client) -> None:
-        """End the one that waits to join for longest: if all are members, the newcomer.
-
-        The newcomer too if too many handlers have still to end.  Caller holds _lock.
-        """
-        client = next(iter(self._unjoined))
-        why = "This connection has not joined, and others need the room."
-        if client is newcomer or len(self._connections) > 2 * self._max_clients:
-            client, why = newcomer, f"{protocol.FULL}, please try again later."
-        self._drop_unjoined(client, why)
 
     def _drop_unjoined(self, client: _Client, why: str) -> None:
         """End a client that has not joined.  Caller holds _lock."""
