@@ -388,20 +388,20 @@ class ChatServer:
     def _obey(self, client: _Client, line: bytes) -> None:
         """Take a name from a client; then note what it says, or do what it asks for."""
         try:
-            said = protocol.decode_message(line)
-            command, text = protocol.split_command(said)
-            if said and not client.name:
-                self._admit(client, protocol.check_name(said))
+            text = protocol.decode_message(line)
+            command, rest = protocol.split_command(text)
+            if text and not client.name:
+                self._admit(client, protocol.check_name(text))
             elif command:
                 self._say(client)
                 if command not in self._commands:
                     word = command[: protocol.MAX_NAME_CHARS]  # our client looks for it
                     reason = "is no command: see /help (//TEXT says /TEXT)."
                     raise ProtocolError(f"{word} {reason}")
-                for answer in self._commands[command][0](self, client, text):
+                for answer in self._commands[command][0](self, client, rest):
                     self._reply(client, protocol.notice(answer))
             elif text:
-                client.said.append(text)
+                client.said.append(rest)
         except ProtocolError as error:
             self._say(client)
             reason = str(error)
@@ -607,7 +607,7 @@ class ChatServer:
         self._arrivals.close()
 
 
-# Command → what obeys it, and what /help says of it: usage and effect.
+# Command → what obeys it and yields its answers; its usage and effect, for /help.
 _COMMANDS = {
     "/who": (ChatServer._who, "/who", "lists all that are online"),
     "/msg": (ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
