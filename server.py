@@ -595,12 +595,11 @@ class ChatServer:
             for client in self._owners.values():
                 self._broadcaster.append(_Entry(client, b"", notice, ends=True))
             self._broadcaster.close_outbox()
+            clients = tuple(self._connections.values())
         if self._database:
             self._database.close()
         self._broadcaster.join()
-        with self._lock:
-            left = tuple(self._connections.values())
-        for client in left:
+        for client in clients:
             client.shut(socket.SHUT_RDWR)
             client.thread.join()
         self._broadcaster.close()
