@@ -834,10 +834,9 @@ class _Broadcaster(threading.Thread):
             # Before its welcome has been sent, its place is not in the stream yet.
             first = min(client.place, client.faces[0][0] if client.faces else self._end)
             unsent = self._slow[client] = self._end - first + client.own_bytes
+            place, most = min(place, first), max(most, unsent)
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
-            else:
-                place, most = min(place, first), max(most, unsent)
         while sum([client.own_bytes for client in self._slow]) > MAX_OWN_BYTES:
             greediest = max(self._slow, key=lambda client: client.own_bytes)
             self._drop(greediest, f"{greediest.own_bytes} bytes waited for it alone")
