@@ -641,8 +641,7 @@ class _Broadcaster(threading.Thread):
         self._stream = bytearray()
         self._end = 0
         self._clients: dict[_Client, None] = {}  # all that had an entry, until closed
-        # Watched until their sockets take more → the bytes that wait for them.
-        self._slow: dict[_Client, int] = {}
+        self._slow: dict[_Client, int] = {}  # behind, and watched → unsent bytes
         self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
         self._selector = _Selector()  # where the thread rests
         self._pass_again = False  # some members had their turn before the last look
