@@ -362,7 +362,7 @@ class ChatServer:
         rate = self._lines_per_second or 10**9  # more than anybody sends
         used_until = -FOREVER  # a token bucket: lines of this second are used next
         read_until = FOREVER
-        while (chunk := client.receive()) and not client.dropped:
+        while not client.dropped and (chunk := client.receive()):
             lines = splitter.feed(chunk)
             if not lines:
                 closed.wait(PIECE_PAUSE_SECONDS)  # so that others can run
