@@ -841,7 +841,7 @@ class _Broadcaster(threading.Thread):
             self._drop(greediest, f"{greediest.own_bytes} bytes waited for it alone")
         if not self._pass_again:  # all but the slow ones have been sent all
             del self._stream[: place - (self._end - len(self._stream))]
-        pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
+        pressure = max(0.0, min(1.0, 2 * most / MAX_UNSENT_BYTES - 1))
         fullness = min(1.0, self._taken / MAX_OUTBOX_BYTES)
         pause = FULL_PASS_SECONDS * pressure * fullness
         self._pass_at = max(self._pass_at, time.monotonic() + pause)
