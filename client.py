@@ -5,7 +5,7 @@ Threads:
   receiver      receive_messages, from the connection on: shows what comes above the line
                 being typed, and tells the main thread what concerns it
 
-Only the receiver reads the socket.  The main thread waits in one place, Terminal.watch,
+Only the receiver reads the socket.  The main thread waits in one call, Terminal.watch,
 for keys, signals and the receiver alike: leaving never depends on the server, and a
 signal handler has nothing to do but to note the signal.
 """
@@ -147,7 +147,7 @@ class ChatClient:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # What the receiver tells the main thread.  Each is set in one step: no lock.
         self._end: ConnectionLost | None = None  # why the connection has ended
-        self._full = ""  # how it says that it has no room: shown once 1 is chosen
+        self._full = ""  # how it says that it is full: shown once 1 is chosen
         self._joined = False
         # What the server said to the line that was sent last: "" as long as it has said
         # nothing.  What it says before the first line is no answer, and passed over: so
@@ -719,7 +719,7 @@ class Terminal:
         self._shown = ("", "")
         if not (self._edits and before + after):
             return "\n" if before else ""
-        up = _places(before + after, self._size()[0])[len(before)][0]
+        up = _cells(before + after, self._size()[0])[len(before)][0]
         # Not from the first cell: at the top of the screen tmux would take that for
         # clearing all of it, and keep what stood there in its history.
         return f"\r{_move(up, 'A')}\x1b[K \x1b[J\r"
@@ -734,8 +734,8 @@ class Terminal:
         columns, rows = self._size()
         line = Line() if self._prompt == PASSWORD else self._line
         before, after = _window(self._prompt + line.before, line.after, columns, rows)
-        places = _places(before + after, columns)
-        (end_row, end_column), (row, column) = places[-1], places[len(before)]
+        cells = _cells(before + after, columns)
+        (end_row, end_column), (row, column) = cells[-1], cells[len(before)]
         # Of a row that is exactly full the terminal has to be pushed to the next one.
         wrap = " \r" if end_row and not end_column else ""
         back = f"\r{_move(end_row - row, 'A')}{_move(column, 'C')}"
@@ -764,29 +764,29 @@ def _move(steps: int, direction: str) -> str:
     return f"\x1b[{steps}{direction}" if steps else ""
 
 
-def _width_at(text: str, place: int) -> int:
-    """Return how many cells of the screen text[place] takes: 0, 1 or 2."""
-    char = text[place]
+def _width_at(text: str, index: int) -> int:
+    """Return how many cells of the screen text[index] takes: 0, 1 or 2."""
+    char = text[index]
     category = unicodedata.category(char)
     # Emoji joined by U+200D take the cells of one; letters so joined stand side by side.
-    joined = category[0] == "S" and text[place - 1 : place] == "\u200d"
+    joined = category[0] == "S" and text[index - 1 : index] == "\u200d"
     jamo = "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7ff"  # medial, final
     if joined or jamo or category in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
-def _places(text: str, columns: int) -> list[tuple[int, int]]:
-    """Return row and column of every character, and of the place behind the last."""
-    places = []
+def _cells(text: str, columns: int) -> list[tuple[int, int]]:
+    """Return row and column of every character, and of the cell behind the last."""
+    cells = []
     row = column = 0
-    for place in range(len(text)):
-        width = _width_at(text, place)
+    for index in range(len(text)):
+        width = _width_at(text, index)
         if column + width > columns:  # a wide character goes to the next row whole
             row, column = row + 1, 0
-        places.append((row, column))
+        cells.append((row, column))
         column += width
-    return [*places, (row, column) if column < columns else (row + 1, 0)]
+    return [*cells, (row, column) if column < columns else (row + 1, 0)]
 
 
 def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]:
@@ -795,10 +795,10 @@ def _window(before: str, after: str, columns: int, rows: int) -> tuple[str, str]
     near = columns * (rows + 1)
     start = max(0, len(before) - near) // columns * columns
     before, text = before[start:], before[start:] + after[:near]
-    places = _places(text, columns)
-    end_row = max(rows, places[len(before)][0] + 1)
-    begin = bisect_left(places, (end_row - rows, 0), hi=len(text))
-    end = bisect_left(places, (end_row, 0), hi=len(text))
+    cells = _cells(text, columns)
+    end_row = max(rows, cells[len(before)][0] + 1)
+    begin = bisect_left(cells, (end_row - rows, 0), hi=len(text))
+    end = bisect_left(cells, (end_row, 0), hi=len(text))
     return before[begin:], text[len(before) : end]
 
 
@@ -847,21 +847,21 @@ class Line:
 
 # Where a key takes the cursor, to the left (by is negative) or to the right.  A character
 # is passed with all that combines with it, so that no key stops inside one.
-def _step(text: str, place: int, by: int) -> int:
-    place = min(max(0, place + by), len(text))
-    while 0 < place < len(text) and not _width_at(text, place):
-        place += by
-    return place
+def _step(text: str, index: int, by: int) -> int:
+    index = min(max(0, index + by), len(text))
+    while 0 < index < len(text) and not _width_at(text, index):
+        index += by
+    return index
 
 
-def _word(text: str, place: int, by: int, gap: str) -> int:
+def _word(text: str, index: int, by: int, gap: str) -> int:
     """Pass what is between two words, then a word."""
     for in_gap in (True, False):
-        while (further := _step(text, place, by)) != place:
-            if bool(re.match(gap, text[min(place, further)])) != in_gap:
+        while (further := _step(text, index, by)) != index:
+            if bool(re.match(gap, text[min(index, further)])) != in_gap:
                 break
-            place = further
-    return place
+            index = further
+    return index
 
 
 # key → how far it takes the cursor, in characters or in words with such gaps between
@@ -916,11 +916,11 @@ class KeyReader:
         self._rest += self._decoder.decode(chunk, final=not chunk)
         if self._rest and not (chunk or self._edits):
             self._rest += "\n"  # the last line counts
-        key, keys, place = _KEY if self._edits else _LINE, [], 0
-        while match := key.match(self._rest, place):
+        key, keys, index = _KEY if self._edits else _LINE, [], 0
+        while match := key.match(self._rest, index):
             keys.append(_PASTE + match[1] if match.lastindex else match[0])
-            place = match.end()
-        self._rest = self._rest[place:]
+            index = match.end()
+        self._rest = self._rest[index:]
         self.pasting = self._edits and self._rest.lstrip("\x1b").startswith(_PASTE[1:])
         # Too much of one key is forgotten, but not the beginning of the end of a paste.
         if len(self._rest) > MAX_TYPED_CHARS + READ_BYTES:

@@ -25,13 +25,13 @@ MAX_LINE_BYTES = 4096
 # From the server, in bytes.  The longest line an honest server can send is a message of
 # tabs: 4 * MAX_LINE_BYTES, and a name before it.
 MAX_SHOWN_BYTES = 32 * 1024
-# In characters: room for a full name, and a prefix still leaves room on a screen.
+# In characters: a full name fits, and a message behind it still fits on a screen.
 MAX_NAME_CHARS = 32
 
 QUIT_LINES = frozenset({b"q", b"Q"})
 RESERVED_NAMES = frozenset({"you", "server", "q"})
 PASSWORD_CHARS = range(8, 129)  # fewer are guessed, more are no safer
-# How the refusal for want of room begins; the client shows it and ends.
+# How the refusal of a full server begins; the client shows it and ends.
 FULL = "The chat is full"
 
 

@@ -19,7 +19,7 @@ How a connection ends: the client leaves (q, or EOF), it is lost (its peer is go
 drop it (too slow, or not joined).  Its handler then calls remove_client, and ends: the
 client's last entry hands the connection over to the broadcaster.  That ends our side
 after the last send, and closes the connection once the peer has ended its side too.  A
-newcomer without room has no handler: a refusal and its last entry are sent at once.
+newcomer that is turned away has no handler: a refusal and its last entry are sent at once.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ RECEIVE_BYTES = 4096
 MAX_LINES_AT_ONCE = 128
 # The pause after each piece of a line: one without end is read at 25 MB/s at most.
 PIECE_PAUSE_SECONDS = 0.0001
-# The outbox is bounded.  Handlers wait for room, so that a sender that is too fast is
+# The outbox is bounded.  Handlers wait for space, so that a sender that is too fast is
 # slowed by its own TCP window.  One send offers so much too.
 MAX_OUTBOX_BYTES = 256 * 1024
 # A member may be so far behind.  The stream is shared: all slow readers together hold
@@ -281,7 +281,7 @@ class ChatServer:
         return seconds
 
     def _accept_one(self) -> None:
-        """Give a client a handler, if need be in place of one that has not joined.
+        """Give a client a handler, if need be instead of one that has not joined.
 
         Raises OSError or RuntimeError if the system lacks something.
         """
@@ -296,10 +296,10 @@ class ChatServer:
             self._connections[client_socket] = client
             self._unjoined[client] = time.monotonic() + JOIN_SECONDS
             if len(self.clients) + len(self._unjoined) > self._max_clients:
-                # The one that waits to join for longest makes room.  If all are members,
+                # The one that waits to join for longest gives way.  If all are members,
                 # or too many handlers have still to end, the newcomer is turned away.
                 leaver = next(iter(self._unjoined))
-                why = "This connection has not joined, and others need the room."
+                why = "This connection has not joined, and others need the space."
                 if leaver is client or len(self._connections) > 2 * self._max_clients:
                     leaver, why = client, f"{protocol.FULL}, please try again later."
                 self._drop_unjoined(leaver, why)
@@ -437,7 +437,7 @@ class ChatServer:
         joined = f"{name} has joined the chat."
         with self._lock:
             # The wait comes first: what is looked at behind it stays as it is.
-            if not self._broadcaster.wait_for_room() or client not in self._unjoined:
+            if not self._broadcaster.wait_for_space() or client not in self._unjoined:
                 return
             self._check_free(name)
             welcome = [self._greeting(name)]
@@ -470,7 +470,7 @@ class ChatServer:
     def broadcast_message(self, message: str, sender_socket: socket.socket) -> None:
         """Append what a member says to the outbox, for everybody else.
 
-        message: one text or several, a line each, cleaned.  Waits for room in the
+        message: one text or several, a line each, cleaned.  Waits for space in the
         outbox, never for a reader.  Once the server shuts down, nothing is accepted.
         """
         sender = self._connections[sender_socket]
@@ -478,7 +478,7 @@ class ChatServer:
         said = [f"{sender.name}: {text}\n" for text in texts]
         told = [f"Received message from {line}" for line in said if self._tell_messages]
         if self._database:
-            self._database.wait_for_room(len(texts))
+            self._database.wait_for_space(len(texts))
         encoded = "".join(said).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), "".join(told).removesuffix("\n"), texts)
 
@@ -488,14 +488,14 @@ class ChatServer:
             self._submit(_Entry(client, b"", line))
 
     def _submit(self, entry: _Entry, told: str = "", said: Sequence[str] = ()) -> bool:
-        """Append an entry once there is room for it, unless the server shuts down.
+        """Append an entry once there is space for it, unless the server shuts down.
 
         told, said: what is for the terminal and for the database, which so keep the
         order of the room.  Returns False if the entry's client has left, or all do.
         """
         with self._lock:
-            has_room = self._broadcaster.wait_for_room(entry.size())
-            if not has_room or entry.client.socket not in self._connections:
+            has_space = self._broadcaster.wait_for_space(entry.size())
+            if not has_space or entry.client.socket not in self._connections:
                 return False
             if told:
                 self._tell(told)
@@ -629,7 +629,7 @@ class _Broadcaster(threading.Thread):
         super().__init__(name="broadcaster", daemon=True)
         # The outbox: entries in the one order in which all see them.
         self._lock = lock
-        self._has_room = threading.Condition(lock)
+        self._has_space = threading.Condition(lock)
         self._outbox: list[_Entry] = []
         self._outbox_bytes = 0
         self.closed = threading.Event()  # set under the lock
@@ -648,7 +648,7 @@ class _Broadcaster(threading.Thread):
         self._pass_at = 0.0  # no pass before then
         self._taken = 0  # bytes of this pass, for one that is near its limit
 
-    def wait_for_room(self, size: int = ENTRY_BYTES) -> bool:
+    def wait_for_space(self, size: int = ENTRY_BYTES) -> bool:
         """Wait until an entry may be appended; False once the outbox is closed.
 
         Caller holds the lock.  One that says much may fill only half of the outbox: the
@@ -656,9 +656,9 @@ class _Broadcaster(threading.Thread):
         """
         most = max(0, MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size)
         while self._outbox_bytes > most and not self.closed.is_set():
-            self._has_room.wait()
+            self._has_space.wait()
             if self._outbox_bytes <= most:
-                self._has_room.notify()  # one lets in the next: all would be in vain
+                self._has_space.notify()  # one lets in the next: all would be in vain
         return not self.closed.is_set()
 
     def append(self, entry: _Entry) -> None:
@@ -670,10 +670,10 @@ class _Broadcaster(threading.Thread):
             self._rests = False
 
     def close_outbox(self) -> None:
-        """Let nobody wait for room any longer, and end soon.  Caller holds the lock."""
+        """Let nobody wait for space any longer, and end soon.  Caller holds the lock."""
         self._end_at = time.monotonic() + SHUTDOWN_SECONDS
         self.closed.set()
-        self._has_room.notify_all()
+        self._has_space.notify_all()
         self._selector.wake()
 
     def run(self) -> None:
@@ -720,7 +720,7 @@ class _Broadcaster(threading.Thread):
         with self._lock:
             entries, self._outbox = self._outbox, []
             self._outbox_bytes = 0
-            self._has_room.notify()
+            self._has_space.notify()
         self._pass_again = True  # also for those that have had their turn in this one
         for entry in entries:
             client, start = entry.client, self._end
@@ -972,14 +972,14 @@ class Recorder:
         raise NotImplementedError
 
     def put(self, items: Sequence[Any]) -> bool:
-        """Queue as many items as there is room for; return whether all.  Never waits."""
+        """Queue as many items as there is space for; return whether all.  Never waits."""
         with self._changed:
             if not self._unwritten:
                 self._changed.notify_all()
-            room = MAX_UNWRITTEN - len(self._unwritten)
-            self._unwritten += items[:room]
-            self._left_out += len(items[room:])
-            return len(items) <= room
+            space = MAX_UNWRITTEN - len(self._unwritten)
+            self._unwritten += items[:space]
+            self._left_out += len(items[space:])
+            return len(items) <= space
 
     def close(self) -> None:
         """Write all that was put, for a while at most; leave out what is left then."""
@@ -992,7 +992,7 @@ class Recorder:
             self._forget(len(self._unwritten))
 
     def _forget(self, count: int) -> None:
-        """Forget the first items, and tell what was left out for want of room."""
+        """Forget the first items, and tell what was left out for want of space."""
         with self._changed:
             del self._unwritten[:count]
             self._changed.notify_all()
@@ -1003,7 +1003,7 @@ class Recorder:
     def _run(self) -> None:
         """Write what is put, in batches, until stopped; a batch that fails is repeated.
 
-        What is being written stays in its place, and so counts as waiting.
+        What is being written stays queued, and so counts as waiting.
         """
         while True:
             with self._changed:
@@ -1113,11 +1113,11 @@ class Database(Recorder):
                     self._fail("it takes too long")
             return fact()
 
-    def wait_for_room(self, messages: int) -> None:
+    def wait_for_space(self, messages: int) -> None:
         """Let a flood wait while the file is behind but comes on; not if it hangs.
 
-        So many messages are to follow: until then their places are taken.  Many at once
-        leave half of the places to all that just say something.
+        So many messages are to follow: until then their space is taken.  Many at once
+        leave half of the space to all that just say something.
         """
         most = MAX_UNWRITTEN if messages == 1 else MAX_UNWRITTEN // 2
         with self._changed:
@@ -1202,7 +1202,7 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
 
 
 def _raise_open_file_limit(clients: int) -> None:
-    """Make room for so many connections, as far as the system allows."""
+    """Allow so many connections, as far as the system allows."""
     # Windows has no such limit, and macOS one of its own below "unlimited".
     with suppress(ImportError, OSError, ValueError):
         import resource

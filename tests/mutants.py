@@ -315,14 +315,14 @@ shutdown-waits-for-all: test_a_stalled_member_does_not_hold_up_the_end
 - self._end_at = time.monotonic() + SHUTDOWN_SECONDS
 + self._end_at = time.monotonic() + SHUTDOWN_SECONDS + 60
 left-out-not-counted: test_up_to_ten_thousand_lines_wait_for_the_terminal
-- self._left_out += len(items[room:])
+- self._left_out += len(items[space:])
 + pass
 recorder-unbounded: test_up_to_ten_thousand_lines_wait_for_the_terminal
-- room = MAX_UNWRITTEN - len(self._unwritten)
-+ room = MAX_UNWRITTEN
+- space = MAX_UNWRITTEN - len(self._unwritten)
++ space = MAX_UNWRITTEN
 recorder-one-less: test_up_to_ten_thousand_lines_wait_for_the_terminal
-- room = MAX_UNWRITTEN -
-+ room = MAX_UNWRITTEN - 1 -
+- space = MAX_UNWRITTEN -
++ space = MAX_UNWRITTEN - 1 -
 room-in-the-file-promised-twice: test_all_is_kept_in_the_order
 - self._due += messages
 + pass
@@ -351,8 +351,8 @@ who-names-too-many-in-a-line: test_who_names_at_most_twenty_in_a_line
 - ", ".join(names[first : first + MAX_NAMES_LISTED])
 + ", ".join(names[first : first + MAX_NAMES_LISTED + 1])
 private-message-lost-at-leaving: test_a_private_message_to_one_that_has_just_left
-- if not has_room or entry.client.socket not in self._connections:
-+ if not has_room:
+- if not has_space or entry.client.socket not in self._connections:
++ if not has_space:
 secret-on-the-terminal: test_the_terminal_shows_one_line_for_each_event
 - told = f"Private message from {client.name} to {recipient.name}"
 + told = f"Private message from {client.name} to {recipient.name}: {text}"
@@ -505,8 +505,8 @@ history-with-all-answers: test_up_and_down_go_through or test_password
 - if prompt == MESSAGE and line.text.strip():
 + if line.text.strip():
 words-end-inside-a-character: test_editing_keys
--             place = further
-+             place += by
+-             index = further
++             index += by
 long-paste-not-asked-about: test_long_paste_is_sent
 - if len(lines) > MAX_PASTED_LINES:
 + if False:
