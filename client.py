@@ -213,7 +213,7 @@ class ChatClient:
             except ConnectionLost:  # between that look and now
                 self._check_connection()
                 self._exchange(name)
-            while self._is_asked():
+            while not self._joined and self._is_asked():
                 # Never on a new connection: there it would be taken for a name.
                 self._exchange(self._terminal.ask(PASSWORD))
         self._status, self._name = 0, name

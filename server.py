@@ -408,7 +408,7 @@ class ChatServer:
             client.refused += 1
             if (tried := client.refused) == MAX_NAMES_TRIED and not client.name:
                 reason += f" ({tried} of {tried} tries on this connection)"
-                client.dropped = "all its names were refused"
+                client.dropped = "it has no try left"
             self._tell(f"Refused a line from {client}: {reason}")
             self._reply(client, protocol.refusal(reason))
 

@@ -1589,6 +1589,18 @@ def test_password_in_the_chat_is_hidden_and_the_half_typed_line_comes_back(
     assert PASSWORD not in alex.output
 
 
+def test_password_that_is_asked_for_right_behind_the_welcome_stops_nothing(
+    puppet: Puppet,
+) -> None:
+    puppet.piped(f"1\nAlex\n{PASSWORD}\nHello!\n")
+    caller = puppet.hear()
+
+    caller.say(f"* Welcome, Alex!\n{ASKED}")
+
+    assert caller.line() == PASSWORD
+    assert caller.line() == "Hello!"
+
+
 def test_password_on_a_dumb_terminal_is_not_shown_after_ctrl_z_and_fg(
     puppet: Puppet,
 ) -> None:
