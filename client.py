@@ -6,7 +6,7 @@ Threads:
                 being typed, and tells the main thread what concerns it
 
 Only the receiver reads the socket.  The main thread waits in one call, Terminal.watch,
-for keys, signals and the receiver alike: leaving never depends on the server, and a
+for keys, signals and the receiver alike: no server holds up the leaving for long, and a
 signal handler has nothing to do but to note the signal.
 """
 
@@ -49,7 +49,7 @@ except ImportError:  # Windows
     termios, _JOB_SIGNALS = None, ()  # type: ignore[assignment]
 
 CONNECT_SECONDS = 10.0
-LEAVE_SECONDS = 3.0  # that a hanging server, or connecting again, holds up the leaving
+LEAVE_SECONDS = 3.0  # that a server which hangs, or each of its addresses, holds it up
 READ_BYTES = 65536  # at once
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
 FOREVER = float("inf")
@@ -251,8 +251,8 @@ class ChatClient:
         command, _ = protocol.split_command(protocol.clean(text))
         try:
             if command == SECRET_COMMAND:
-                # Alone: what stands behind it means nothing, and could be refused.  And
-                # our server names the command: else an earlier line has been refused.
+                # Alone, since what stands behind it could be refused.  A refusal that
+                # does not name the command is that of an earlier line.
                 self._exchange(command, refusal=f"! {command} ")
             elif text.strip():
                 self._send(text)
@@ -338,7 +338,7 @@ class ChatClient:
         splitter = protocol.LineSplitter(protocol.MAX_SHOWN_BYTES)
         end = ConnectionLost("this client has a bug")  # told on stderr by then
         try:
-            # Only looked at before the lock: what nobody has heard yet is readable.
+            # Read under the lock only: what has not been shown yet stays readable.
             while client_socket.recv(1, socket.MSG_PEEK):
                 with self._terminal.lock:  # the next prompt comes below what is shown
                     chunk = client_socket.recv(READ_BYTES)
@@ -397,7 +397,7 @@ class Terminal:
     Else whole lines are read, and no escape sequence is written.  In a pipe a prompt
     appears together with the answer, so that what comes out reads like a session.
 
-    Threads: all but show() and wake() is the main thread's.
+    Threads: all but lock, show() and wake() is the main thread's.
     """
 
     def __init__(self, times: bool, bell: bool) -> None:
@@ -573,7 +573,7 @@ class Terminal:
     def wants_to_leave(self, in_chat: bool = True) -> bool:
         """Tell whether the person has asked to leave in what is typed ahead."""
         if not self.person:  # in the chat all of a pipe is delivered, however slowly
-            return not (in_chat or self._ahead) and self._input_ended
+            return self._input_ended and not (in_chat or self._ahead)
         if not self._edits:
             return self._input_ended or any(map(_QUIT.fullmatch, self._ahead))
         line = Line()

@@ -58,9 +58,9 @@ class LineSplitter:
     def feed(self, chunk: bytes) -> list[bytes]:
         """Add received bytes and return the lines they complete, without line ends.
 
-        chunk: whatever one recv() gave, any length, cut anywhere.  A line that is too
-        long is returned once, before its end has come: its beginning, of more than
-        max_bytes.  The rest of it, however long, is dropped.
+        chunk: whatever one recv() gave, any length, cut anywhere.  Of a line that is too
+        long, more than max_bytes are returned once, at its end or before.  The rest of
+        it, however long, is dropped.
         """
         was_returned = len(self._tail) == self._too_many
         lines = (self._tail + chunk).replace(b"\r\n", b"\n").split(b"\n")
@@ -233,10 +233,10 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
         self.formatter_class = argparse.ArgumentDefaultsHelpFormatter
 
-    def add_address(self, host: str, lowest_port: int, port: str) -> None:
-        """Add --host and --port; host, port: what --help says of them."""
-        self.add_argument("--host", default=DEFAULT_HOST, help=host)
-        self.add_number("--port", lowest_port, 65535, DEFAULT_PORT, port, "PORT")
+    def add_address(self, host_help: str, lowest_port: int, port_help: str) -> None:
+        """Add --host and --port."""
+        self.add_argument("--host", default=DEFAULT_HOST, help=host_help)
+        self.add_number("--port", lowest_port, 65535, DEFAULT_PORT, port_help, "PORT")
 
     def add_number(
         self, flag: str, low: int, high: int, default: int, help: str, value: str = "N"

@@ -18,8 +18,9 @@ leaves, its place is outside of the stream.
 How a connection ends: the client leaves (q, or EOF), it is lost (its peer is gone), or we
 drop it (too slow, or not joined).  Its handler then calls remove_client, and ends: the
 client's last entry hands the connection over to the broadcaster.  That ends our side
-after the last send, and closes the connection once the peer has ended its side too.  A
-newcomer that is turned away has no handler: a refusal and its last entry are sent at once.
+after the last send, and closes the connection once the peer has ended its side too, or
+its time is up.  A newcomer that is turned away has no handler: a refusal and its last
+entry are sent at once.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ LEAVE_SECONDS = 5.0  # for a member to receive what waits for it, and to end its
 LINGER_SECONDS = 1.0  # for one that has not joined to do so
 SHUTDOWN_SECONDS = 1.0  # for all to do so at the end; 2 s are promised
 MAX_UNWRITTEN = 10_000  # lines that wait for the terminal, messages for the database
-LAST_SECONDS = 0.3  # at the end, for what waits for the database, then the terminal
+LAST_SECONDS = 0.3  # at the end, for the database; then as long for the terminal
 # Lines and messages come in bursts, and a batch costs little more than one of them.
 GATHER_SECONDS = 0.005
 
@@ -140,7 +141,7 @@ class _Client:
         # Its handler's own: the lines to come, and what it says in those that came.
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
-        self.refused = 0  # of its lines
+        self.refused = 0  # lines; before it has joined: names and passwords
         # The broadcaster's own.  Up to its place in the stream, an offset, a member has
         # been sent all.  Its own faces of entries stand further on: of each, the place
         # where it is sent, its text, and the place where the client goes on then.
@@ -227,8 +228,9 @@ class ChatServer:
         self._arrivals.register(self._listener, selectors.EVENT_READ, self._listener)
         self.waker = self._arrivals.waker  # for signals: any byte wakes the main thread
 
-        # Guards the names below, and the outbox, which change together.  Held for table
-        # operations only: never while sending to clients, receiving or joining a thread.
+        # Guards changes of the tables below and of the outbox, which go together (to look
+        # one thing up needs no lock).  Held for table operations only: never while
+        # sending to clients, receiving or joining a thread.
         self._lock = threading.Lock()
         self.clients: dict[str, socket.socket] = {}  # username → socket
         self._owners: dict[str, _Client] = {}  # name_key() of these names → member
@@ -237,7 +239,7 @@ class ChatServer:
         self._broadcaster = _Broadcaster(self._lock)
 
     def serve(self) -> None:
-        """Run the chat until stop() is called: also by who hears of a bug in a thread."""
+        """Run the chat until stop() is called, by a signal or for a bug in a thread."""
         self._broadcaster.start()
         try:
             self.accept_connections()
@@ -311,7 +313,7 @@ class ChatServer:
                 self._drop_unjoined(client, "The system has no more threads.")
             raise
         finally:
-            if not handler.ident:  # it will not do so
+            if not handler.ident:  # no handler runs that would do it
                 self.remove_client(client_socket)
 
     def _drop_unjoined(self, client: _Client, why: str) -> None:
@@ -319,7 +321,7 @@ class ChatServer:
         del self._unjoined[client]
         client.dropped = why
         self._broadcaster.append(_Entry(client, b"", protocol.refusal(why)))
-        if client.thread.is_alive():  # else what the peer sent is passed over in peace
+        if client.thread.is_alive():  # else the broadcaster passes over what came
             client.shut(socket.SHUT_RD)  # wakes its handler
 
     def handle_client(self, client_socket: socket.socket) -> None:
@@ -360,7 +362,7 @@ class ChatServer:
         splitter = protocol.LineSplitter(protocol.MAX_LINE_BYTES)
         closed = self._broadcaster.closed
         rate = self._lines_per_second or 10**9  # more than anybody sends
-        used_until = -FOREVER  # a token bucket: lines of this second are used next
+        used_until = -FOREVER  # a token bucket: its lines are used up to this time
         read_until = FOREVER
         while not client.dropped and (chunk := client.receive()):
             lines = splitter.feed(chunk)
@@ -475,11 +477,11 @@ class ChatServer:
         """
         sender = self._connections[sender_socket]
         texts = message.split("\n")
-        said = [f"{sender.name}: {text}\n" for text in texts]
-        told = [f"Received message from {line}" for line in said if self._tell_messages]
+        shown = [f"{sender.name}: {text}\n" for text in texts]
+        told = [f"Received message from {s}" for s in shown if self._tell_messages]
         if self._database:
             self._database.wait_for_space(len(texts))
-        encoded = "".join(said).encode(protocol.ENCODING)
+        encoded = "".join(shown).encode(protocol.ENCODING)
         self._submit(_Entry(sender, encoded), "".join(told).removesuffix("\n"), texts)
 
     def _reply(self, client: _Client, line: bytes) -> None:
@@ -491,7 +493,7 @@ class ChatServer:
         """Append an entry once there is space for it, unless the server shuts down.
 
         told, said: what is for the terminal and for the database, which so keep the
-        order of the room.  Returns False if the entry's client has left, or all do.
+        order of the room.  Returns False if it was not appended: its client has left.
         """
         with self._lock:
             has_space = self._broadcaster.wait_for_space(entry.size())
@@ -606,7 +608,7 @@ class ChatServer:
         self._arrivals.close()
 
 
-# Command → what obeys it and yields its answers; its usage and effect, for /help.
+# Command → what obeys it and gives its answers; its usage and effect, for /help.
 _COMMANDS = {
     "/who": (ChatServer._who, "/who", "lists all that are online"),
     "/msg": (ChatServer._msg, "/msg NAME TEXT", "says TEXT to NAME alone"),
@@ -641,7 +643,7 @@ class _Broadcaster(threading.Thread):
         self._stream = bytearray()
         self._end = 0
         self._clients: dict[_Client, None] = {}  # all that had an entry, until closed
-        self._slow: dict[_Client, int] = {}  # behind, and watched → unsent bytes
+        self._slow: dict[_Client, int] = {}  # behind, and watched → bytes unsent
         self._leaving: dict[_Client, float] = {}  # no handler any more → close by then
         self._selector = _Selector()  # where the thread rests
         self._pass_again = False  # some members had their turn before the last look
@@ -658,7 +660,7 @@ class _Broadcaster(threading.Thread):
         while self._outbox_bytes > most and not self.closed.is_set():
             self._has_space.wait()
             if self._outbox_bytes <= most:
-                self._has_space.notify()  # one lets in the next: all would be in vain
+                self._has_space.notify()  # one wakes the next: to wake all would be in vain
         return not self.closed.is_set()
 
     def append(self, entry: _Entry) -> None:
@@ -755,7 +757,7 @@ class _Broadcaster(threading.Thread):
     def _give_turns(self, clients: Iterable[_Client]) -> None:
         """Send each client what it has not had, as much as its socket takes at once.
 
-        All that is ever sent is sent here.
+        All that is ever sent is sent here and in _send_faces().
         """
         place, block = self._end, bytearray()  # members at one place share one block
         for client in clients:
@@ -833,15 +835,16 @@ class _Broadcaster(threading.Thread):
             # Before its welcome has been sent, its place is not in the stream yet.
             first = min(client.place, client.faces[0][0] if client.faces else self._end)
             unsent = self._slow[client] = self._end - first + client.own_bytes
-            place, most = min(place, first), max(most, unsent)
             if unsent > MAX_UNSENT_BYTES:
                 self._drop(client, f"{unsent} bytes waited for it")
+            else:
+                place, most = min(place, first), max(most, unsent)
         while sum([client.own_bytes for client in self._slow]) > MAX_OWN_BYTES:
             greediest = max(self._slow, key=lambda client: client.own_bytes)
             self._drop(greediest, f"{greediest.own_bytes} bytes waited for it alone")
         if not self._pass_again:  # all but the slow ones have been sent all
             del self._stream[: place - (self._end - len(self._stream))]
-        pressure = max(0.0, min(1.0, 2 * most / MAX_UNSENT_BYTES - 1))
+        pressure = max(0.0, 2 * most / MAX_UNSENT_BYTES - 1)
         fullness = min(1.0, self._taken / MAX_OUTBOX_BYTES)
         pause = FULL_PASS_SECONDS * pressure * fullness
         self._pass_at = max(self._pass_at, time.monotonic() + pause)
@@ -909,10 +912,11 @@ class _Selector(selectors.DefaultSelector):
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listener on an address of the host, which may be an IPv6 one in []."""
-    # As bytes: of a text that can be no name, Python makes an error of another kind.
+    # As bytes: a text that can be no host name would raise UnicodeError, not OSError.
     name = os.fsencode(host.strip("[]"))
     addresses = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    family, *_, address = min(addresses)  # IPv4 if the host has both
+    # The first IPv4 one if the host has both: the lower number everywhere.
+    family, *_, address = min(addresses, key=lambda found: found[0])
     # It sets SO_REUSEADDR where that lets a restarted server have its port at once.
     listener = socket.create_server(address, family=family, backlog=LISTEN_BACKLOG)
     listener.setblocking(False)
@@ -925,8 +929,8 @@ def _set_options(client_socket: socket.socket) -> None:
     Without data under way by keep-alive; with it by the user timeout, since the kernel
     does not count keep-alive then (tcp(7)).  A system sets those that it has.
     """
-    # Elsewhere inherited from the listener.  Not here: the call hands the interpreter
-    # lock over, and joins took 25 % longer.
+    # Elsewhere a connection inherits from the listener that it does not block.  On Linux
+    # the call would only hand the interpreter lock over: joins took 25 % longer.
     if sys.platform != "linux":
         client_socket.setblocking(MSG_DONTWAIT != 0)
     client_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1064,8 +1068,8 @@ _WHEN = "[%Y-%m-%d %H:%M]"  # a message of the past was said
 class Database(Recorder):
     """The recorder of an SQLite file with what is said to the room, and with accounts.
 
-    An item is the name of a table and a row.  Nobody waits for the file: all that is
-    read is in memory, and only the recorder writes.
+    An item is the name of a table and a row.  All that is read is in memory, and only
+    the recorder writes: a flood waits for it, and a change of an account does.
     """
 
     def __init__(self, path: str, tell: Callable[[str], None]) -> None:
@@ -1096,7 +1100,7 @@ class Database(Recorder):
         # They start here: later the system may have no more threads.
         self._hashing = ThreadPoolExecutor(MAX_HASHES_AT_ONCE, "hashing")
         self._hashing.map(time.sleep, [GATHER_SECONDS] * MAX_HASHES_AT_ONCE)
-        self._failing = False  # nobody waits for it then
+        self._failing = False  # nobody waits for the file then
         self._due = 0  # messages on their way to remember()
         super().__init__(tell, "({} messages left out of the database)")
 
@@ -1178,7 +1182,7 @@ class Database(Recorder):
             raise ProtocolError("Done, but the database cannot be written for now.")
 
     def hash(self, password: bytes, client: _Client, account: bytes = b"") -> bytes:
-        """Return a new account, or with the salt of this one.
+        """Return the account that a password makes, with a new salt or that of this one.
 
         client: who waits for it.  Raises ProtocolError if that does not wait any longer.
         """
@@ -1265,7 +1269,7 @@ def main() -> int:
     flags.add_number("--rate", 0, 10**6, LINES_PER_SECOND, rate)
     flags.add_argument("--quiet", action="store_true", help="do not print what is said")
     flags.add_argument("--times", action="store_true", help="show when each line came")
-    database = "keep what is said, and names with a password, in this SQLite file"
+    database = "SQLite file for what is said and for passwords; else nothing is kept"
     flags.add_argument("--database", metavar="FILE", help=database)
     options = flags.parse_args()
     _raise_open_file_limit(options.max_clients)

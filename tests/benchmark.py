@@ -127,7 +127,7 @@ DESIGNS = {  # what Python is to run
     THIS: [str(SERVER), *FLAGS],
     "with --database": [str(SERVER), *FLAGS, "--database", DATABASE],
     "on one processor": ["-c", ONE_PROCESSOR, str(SERVER), *FLAGS],
-    "thread per client": ["-c", THREAD_PER_CLIENT],
+    "naive threads": ["-c", THREAD_PER_CLIENT],
     "asyncio": ["-c", ASYNCIO],
 }
 

@@ -231,12 +231,12 @@ def test_a_slow_reader_that_speaks_sees_all_but_its_own(narrow_room: Room) -> No
 
 
 @contextmanager
-def flooding(*writers: Peer) -> Iterator[threading.Event]:
+def flooding(*writers: Peer, start: str = "") -> Iterator[threading.Event]:
     """Have these write as fast as the server reads, until the event is set."""
     stop = threading.Event()
 
     def flood(writer: Peer) -> None:
-        block = ("x" * 1000 + "\n") * 64
+        block = (start + "x" * 1000 + "\n") * 64
         while not stop.is_set():
             writer.send(block)
         writer.half_close()
@@ -252,12 +252,15 @@ def flooding(*writers: Peer) -> Iterator[threading.Event]:
         future.result()
 
 
-def test_who_reads_four_megabytes_a_second_stays(start_server: StartServer) -> None:
+@pytest.mark.parametrize("start", ["", "/msg Reader "])
+def test_who_reads_four_megabytes_a_second_stays(
+    start_server: StartServer, start: str
+) -> None:
     """For 1.5 s, in which writers without back-pressure would be 50 MB ahead."""
     chat = start_server("--rate", "0", "--quiet")
     reader, *writers = chat.members("Reader", "Writer1", "Writer2")
 
-    with flooding(*writers) as stop:
+    with flooding(*writers, start=start) as stop:
         began, received = time.monotonic(), 0
         while received < 6_000_000:
             stop.wait(began + received / 4_000_000 - time.monotonic())
