@@ -115,7 +115,8 @@ def check_password(line: bytes) -> bytes:
     decode_message(line)  # raises it: too long, or not UTF-8
     if len(line.decode(ENCODING)) not in PASSWORD_CHARS:
         shortest, longest = PASSWORD_CHARS[0], PASSWORD_CHARS[-1]
-        raise ProtocolError(f"A password has {shortest} to {longest} characters.")
+        reason = f"A password has {shortest} to {longest} characters: /register again."
+        raise ProtocolError(reason)
     return line
 
 

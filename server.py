@@ -115,7 +115,7 @@ HANGS_SECONDS = 1.0  # without anything written: the disk hangs, and nobody wait
 SALT_BYTES = 16
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # 16 MiB and some 50 ms (RFC 7914)
 MAX_HASHES_AT_ONCE = 2
-HASH_PAUSE_SECONDS = 0.5  # until we look again whether the client still waits for it
+HASH_PAUSE_SECONDS = 0.5  # until we look again whether the client has been dropped
 
 # The errors of accept(2) that tell of a bug; all others pass.
 BROKEN = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK}
@@ -445,7 +445,8 @@ class ChatServer:
             welcome = [self._greeting(name)]
             if self._database:
                 if not secrets.compare_digest(given, self._database.account(name)):
-                    raise ProtocolError(f"That is not the password of {name}.")
+                    reason = f"That is not the password of {name}: give the name again."
+                    raise ProtocolError(reason)
                 welcome += list(self._database.last)[-HISTORY_MESSAGES:]
             del self._unjoined[client]
             self._owners[protocol.name_key(name)] = client
@@ -496,7 +497,9 @@ class ChatServer:
         order of the room.  Returns False if it was not appended: its client has left.
         """
         with self._lock:
-            has_space = self._broadcaster.wait_for_space(entry.size())
+            # What only one client sees always leaves half of the outbox to the room.
+            size = entry.size() if entry.to_others else RECEIVE_BYTES + entry.size()
+            has_space = self._broadcaster.wait_for_space(size)
             if not has_space or entry.client.socket not in self._connections:
                 return False
             if told:
@@ -1184,12 +1187,13 @@ class Database(Recorder):
     def hash(self, password: bytes, client: _Client, account: bytes = b"") -> bytes:
         """Return the account that a password makes, with a new salt or that of this one.
 
-        client: who waits for it.  Raises ProtocolError if that does not wait any longer.
+        client: who waits for it.  Raises ProtocolError if it is dropped, or at a shutdown.
+        One that is gone is waited for: what it sent is still obeyed.
         """
         salt = account[:SALT_BYTES] or secrets.token_bytes(SALT_BYTES)
         with suppress(RuntimeError):  # closed already
             hashed = self._hashing.submit(hashlib.scrypt, password, salt=salt, **SCRYPT)
-            while not (client.dropped or self._stopped or client.is_gone()):
+            while not (client.dropped or self._stopped):
                 with suppress(TimeoutError):
                     return salt + hashed.result(HASH_PAUSE_SECONDS)
             hashed.cancel()
