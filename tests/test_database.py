@@ -523,6 +523,19 @@ def test_two_passwords_at_most_are_computed_and_nobody_else_is_delayed(
     assert [peer.line()[0] for peer in peers] == ["!"] * 5
 
 
+def test_what_the_owner_sent_before_a_reset_is_its_own(room: FileRoom) -> None:
+    """Also if the connection is reset while the password is computed."""
+    keep_name(room, "Alex")
+    bob = room.member("Bob")
+    alex = asked(room, "Alex")
+
+    alex.send(f"{PASSWORD}\nHello!\n")
+    alex.reset()
+
+    said = ["* Alex has joined the chat.", "Alex: Hello!", left("Alex")]
+    assert bob.lines(3) == said
+
+
 def test_a_shutdown_does_not_wait_for_passwords(start_process: StartServer) -> None:
     """That of 150 takes 3 s and more."""
     chat = start_process()
