@@ -196,14 +196,15 @@ def test_those_turned_away_cost_no_thread(start_room: StartRoom) -> None:
 
 
 def test_who_has_waited_longest_makes_room_when_full(start_room: StartRoom) -> None:
+    """As long as the handlers of at most so many again have still to end."""
     room = start_room(max_clients=10)
 
-    silent = [room.connect() for _ in range(25)]
+    silent = [room.connect() for _ in range(20)]
 
-    for peer in silent[:15]:
+    for peer in silent[:10]:
         (reason,) = peer.rest()
         assert reason.startswith("! ")
-    for number, peer in enumerate(silent[15:]):
+    for number, peer in enumerate(silent[10:]):
         peer.join(f"member{number}")
 
 
