@@ -1015,10 +1015,10 @@ class Recorder:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._unwritten or self._stopped)
-                if not self._unwritten:
-                    return
                 if len(self._unwritten) < MAX_ROWS:
                     self._changed.wait(GATHER_SECONDS)
+                if not self._unwritten:  # close() may have left them out meanwhile
+                    return
                 items = self._unwritten[:MAX_ROWS]
             self._forget(self._write(items))
 
