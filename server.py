@@ -497,9 +497,8 @@ class ChatServer:
         order of the room.  Returns False if it was not appended: its client has left.
         """
         with self._lock:
-            # What only one client sees always leaves half of the outbox to the room.
-            size = entry.size() if entry.to_others else RECEIVE_BYTES + entry.size()
-            has_space = self._broadcaster.wait_for_space(size)
+            brief = entry.to_others != b"" and entry.size() < RECEIVE_BYTES
+            has_space = self._broadcaster.wait_for_space(entry.size(), brief=brief)
             if not has_space or entry.client.socket not in self._connections:
                 return False
             if told:
@@ -653,13 +652,13 @@ class _Broadcaster(threading.Thread):
         self._pass_at = 0.0  # no pass before then
         self._taken = 0  # bytes of this pass, for one that is near its limit
 
-    def wait_for_space(self, size: int = ENTRY_BYTES) -> bool:
+    def wait_for_space(self, size: int = ENTRY_BYTES, *, brief: bool = True) -> bool:
         """Wait until an entry may be appended; False once the outbox is closed.
 
-        Caller holds the lock.  One that says much may fill only half of the outbox: the
-        other half keeps the way free for all that just say something.
+        Caller holds the lock.  One that says much, or not to the room, is not brief, and may
+        fill only half of the outbox: the other half is for all that just say something.
         """
-        most = max(0, MAX_OUTBOX_BYTES // (2 if size >= RECEIVE_BYTES else 1) - size)
+        most = max(0, MAX_OUTBOX_BYTES // (1 if brief else 2) - size)
         while self._outbox_bytes > most and not self.closed.is_set():
             self._has_space.wait()
             if self._outbox_bytes <= most:
