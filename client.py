@@ -49,7 +49,7 @@ except ImportError:  # Windows
     termios, _JOB_SIGNALS = None, ()  # type: ignore[assignment]
 
 CONNECT_SECONDS = 10.0
-LEAVE_SECONDS = 3.0  # that a server which hangs, or each of its addresses, holds it up
+LEAVE_SECONDS = 3.0  # for a server that hangs; connecting again: for each address
 READ_BYTES = 65536  # at once
 QUIET_SECONDS = 0.05  # without a key: all that was typed ahead has come
 FOREVER = float("inf")
@@ -131,7 +131,7 @@ class ChatClient:
 
     def __init__(self, host: str, port: int, terminal: Terminal) -> None:
         """Connect.  Raises what _connect does, ValueError if there is no such host."""
-        self._address = (host.strip("[]"), port)  # of IPv6, also in brackets
+        self._address = (host, port)
         self._terminal = terminal
         self._name = ""  # under which the person was in, to be offered again
         self._status = 0  # the exit status, if the person leaves now

@@ -14,6 +14,7 @@ import argparse
 import re
 import unicodedata
 from functools import partial
+from operator import methodcaller
 from typing import NamedTuple, NoReturn
 
 ENCODING = "utf-8"
@@ -236,7 +237,9 @@ class CommandLine(argparse.ArgumentParser):
 
     def add_address(self, host_help: str, lowest_port: int, port_help: str) -> None:
         """Add --host and --port."""
-        self.add_argument("--host", default=DEFAULT_HOST, help=host_help)
+        # A socket takes an IPv6 address without the brackets that it may have.
+        bare = methodcaller("strip", "[]")
+        self.add_argument("--host", type=bare, default=DEFAULT_HOST, help=host_help)
         self.add_number("--port", lowest_port, 65535, DEFAULT_PORT, port_help, "PORT")
 
     def add_number(

@@ -913,10 +913,9 @@ class _Selector(selectors.DefaultSelector):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a listener on an address of the host, which may be an IPv6 one in []."""
+    """Return a listener on an address of the host."""
     # As bytes: a text that can be no host name would raise UnicodeError, not OSError.
-    name = os.fsencode(host.strip("[]"))
-    addresses = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    addresses = socket.getaddrinfo(os.fsencode(host), port, type=socket.SOCK_STREAM)
     # The first IPv4 one if the host has both: the lower number everywhere.
     family, *_, address = min(addresses, key=lambda found: found[0])
     # It sets SO_REUSEADDR where that lets a restarted server have its port at once.

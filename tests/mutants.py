@@ -136,8 +136,8 @@ older-python-not-told: test_an_older_python_is_told_what_is_needed
 - if sys.version_info < (3, 11):
 + if False:
 odd-host-name-with-a-traceback: test_an_unknown_host_is_explained_in_one_line
-- os.fsencode(host.strip("[]"))
-+ host.strip("[]")
+- os.fsencode(host), port
++ host, port
 stdout-must-be-there: test_the_server_runs_without_a_stdout
 - sys.stdout or open(os.devnull, "w")  # noqa: SIM115
 + sys.stdout

@@ -169,7 +169,7 @@ def test_a_bad_flag_is_explained_in_one_line() -> None:
 
 
 def test_an_unknown_host_is_explained_in_one_line() -> None:
-    hosts = ["no-such-host.invalid", "a..b", "192.0.2.1", "", "x y", "é" * 70, "["]
+    hosts = ["no-such-host.invalid", "a..b", "192.0.2.1", "", "x y", "é" * 70]
     flags = [["--host", host, "--port", "0"] for host in hosts]
     for host, line in zip(hosts, explanations(1, *flags), strict=True):
         assert f"'{host}'" in line
