@@ -141,7 +141,7 @@ class _Client:
         # Its handler's own: the lines to come, and what it says in those that came.
         self.lines: Iterator[bytes] = iter(())
         self.said: list[str] = []
-        self.refused = 0  # lines; before it has joined: names and passwords
+        self.refusals = 0  # so far
         # The broadcaster's own.  Up to its place in the stream, an offset, a member has
         # been sent all.  Its own faces of entries stand further on: of each, the place
         # where it is sent, its text, and the place where the client goes on then.
@@ -407,8 +407,8 @@ class ChatServer:
         except ProtocolError as error:
             self._say(client)
             reason = str(error)
-            client.refused += 1
-            if (tried := client.refused) == MAX_NAMES_TRIED and not client.name:
+            client.refusals += 1
+            if (tried := client.refusals) == MAX_NAMES_TRIED and not client.name:
                 reason += f" ({tried} of {tried} tries on this connection)"
                 client.dropped = "it has no try left"
             self._tell(f"Refused a line from {client}: {reason}")
@@ -1063,7 +1063,6 @@ _READ_COLUMNS = "SELECT name, type FROM pragma_table_info('messages')"
 _READ_MESSAGES = """SELECT at, name, text FROM messages WHERE at BETWEEN 0 AND 1e11
     ORDER BY id DESC LIMIT ?"""
 _READ_ACCOUNTS = "SELECT key, salt_and_hash FROM accounts"
-_WHEN = "[%Y-%m-%d %H:%M]"  # a message of the past was said
 
 
 class Database(Recorder):
@@ -1093,8 +1092,7 @@ class Database(Recorder):
         # does their order.
         self.last: deque[str] = deque(maxlen=MAX_HISTORY)
         for at, name, text in file.execute(_READ_MESSAGES, [MAX_HISTORY]):
-            when = time.strftime(_WHEN, time.localtime(at))
-            self.last.appendleft(protocol.clean(f"{when} {name}: {text}"))
+            self.last.appendleft(protocol.clean(f"{_author(at, name)}{text}"))
         # By name_key(): salt and hash, or None.  A member changes that of its own name.
         self._accounts: dict[str, bytes | None] = dict(file.execute(_READ_ACCOUNTS))
         # In threads of their own, in turn: each thread keeps the 16 MiB that it has used.
@@ -1132,7 +1130,7 @@ class Database(Recorder):
     def remember(self, name: str, texts: Sequence[str]) -> None:
         """Keep messages of a member.  Never waits; caller holds the server's lock."""
         at = time.time()
-        author = f"{time.strftime(_WHEN, time.localtime(at))} {name}: "
+        author = _author(at, name)
         self.last += [author + text for text in texts]
         with self._changed:
             self._due -= len(texts)
@@ -1205,6 +1203,11 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         path, timeout=busy_seconds, isolation_level=None, check_same_thread=False,
         cached_statements=4,  # one of MAX_ROWS takes some 400 kB
     )  # fmt: skip
+
+
+def _author(at: float, name: str) -> str:
+    """Return what stands before a message of the past: its time, and who said it."""
+    return f"[{time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}] {name}: "
 
 
 def _raise_open_file_limit(clients: int) -> None:
