@@ -86,9 +86,7 @@ MAX_UNSENT_BYTES = 4 * 1024 * 1024
 MAX_OWN_BYTES = 16 * 1024 * 1024
 ENTRY_BYTES = 200  # of memory, for an entry or a face besides its text
 STEPS_PER_TURN = 200  # for a client with faces of its own: others have their turn soon
-# A pass looks at the outbox so often: members whose turn is still to come get at once
-# what was said meanwhile.  While more than MAX_LOOK_BYTES are under way it does not.
-LOOKS_PER_PASS = 8
+# A pass takes in what is said meanwhile until the stream has this length.
 MAX_LOOK_BYTES = 16 * 1024
 # Back-pressure: while a member is near its limit, passes of a full outbox come this far
 # apart, 3.3 MB/s.  A member that reads 4 MB/s keeps up, and others wait under 100 ms.
@@ -702,22 +700,23 @@ class _Broadcaster(threading.Thread):
         self._selector.close()
 
     def _make_pass(self) -> None:
-        """Give a turn to each client that keeps up.
-
-        A pass looks at the outbox a few times: members whose turn is still to come get
-        at once what was said meanwhile, and the others get it in the next pass.
-        """
+        """Give a turn to each client that keeps up."""
         if self._outbox and time.monotonic() >= self._pass_at:
             self._take_in()
         if self._pass_again:
             self._pass_again = False
-            clients = [client for client in self._clients if client not in self._slow]
-            group = len(clients) // LOOKS_PER_PASS + 1
-            for first in range(0, len(clients), group):
-                if first and self._outbox and len(self._stream) < MAX_LOOK_BYTES:
-                    self._take_in()
-                self._give_turns(clients[first : first + group])
+            self._give_turns(self._in_turn())
         self._mind_slow_readers()
+
+    def _in_turn(self) -> Iterator[_Client]:
+        """Yield each client that keeps up, and look at the outbox before its turn.
+
+        So it gets at once what was said meanwhile; the others get that in the next pass.
+        """
+        for client in [client for client in self._clients if client not in self._slow]:
+            if self._outbox and len(self._stream) < MAX_LOOK_BYTES:
+                self._take_in()
+            yield client
 
     def _take_in(self) -> None:
         """Move all entries of the outbox to the end of the stream."""
@@ -761,16 +760,16 @@ class _Broadcaster(threading.Thread):
 
         All that is ever sent is sent here and in _send_faces().
         """
-        place, block = self._end, bytearray()  # members at one place share one block
+        part, block = (0, 0), bytearray()  # members at one place share one block
         for client in clients:
             if client.place >= self._end and not client.faces:
                 continue
             try:
                 if client.faces:
                     self._send_faces(client)
-                if client.place != place:
-                    place = client.place
-                    block = self._slice(place, self._end)
+                if (client.place, self._end) != part:
+                    part = client.place, self._end
+                    block = self._slice(*part)
                 if block:
                     client.place += client.socket.send(block, MSG_DONTWAIT)
             except BlockingIOError:
